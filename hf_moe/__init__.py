@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Turn dense Hugging Face checkpoints into mixtures of experts, and work with any mixture of experts in transformers.
+
+`import hf_moe` registers the MoE classes (`MoeLlamaForCausalLM`, ...) with transformers' auto classes. Everything else
+is imported when it is first used.
+"""
+
+import importlib
+
+from .registration import register as _register
+
+
+__version__ = "0.1.0.dev0"
+
+_MODEL_CLASSES = _register()
+globals().update(_MODEL_CLASSES)
+
+_LAZY = {
+    "UpcycleConfig": "upcycling.recipe",
+    "UpcyclePlan": "upcycling.plan",
+    "UpcycleReport": "upcycling.recipe",
+    "plan_upcycle": "upcycling.plan",
+    "upcycle": "upcycling.upcycle",
+    "upcycle_model": "upcycling.in_memory",
+    "RoutingRecorder": "training.recorder",
+    "RoutingStatistics": "training.statistics",
+}
+
+__all__ = ["__version__", *_MODEL_CLASSES, *_LAZY]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

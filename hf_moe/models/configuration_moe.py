@@ -1,0 +1,135 @@
+# Copyright 2026 The hf_moe authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What every MoE configuration adds to its dense one.
+
+`MoeConfigMixin` holds the fields, their validation and the `auto_map`; `MOE_TP_PLAN` and `MOE_EP_PLAN` are the tensor-
+and expert-parallel plans of the sparse block, which a family's configuration adds to the plan of its dense parent.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .routers import ROUTERS
+
+
+MOE_TP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+    "layers.*.mlp.shared_expert.gate_proj": "colwise",
+    "layers.*.mlp.shared_expert.up_proj": "colwise",
+    "layers.*.mlp.shared_expert.down_proj": "rowwise",
+}
+MOE_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+
+
+@dataclass(kw_only=True)
+class MoeConfigMixin:
+    r"""
+    The fields of a sparse block, added to those of the dense configuration.
+
+    Args:
+        num_experts (`int`, *optional*, defaults to 8):
+            Number of routed experts in a sparse layer.
+        num_experts_per_tok (`int`, *optional*, defaults to 2):
+            Number of routed experts that serve one token.
+        moe_intermediate_size (`int`, *optional*):
+            Intermediate size of one routed expert. Defaults to `intermediate_size`.
+        norm_topk_prob (`bool`, *optional*, defaults to `True`):
+            Whether the weights of the chosen experts are divided by their sum.
+        router_type (`str`, *optional*, defaults to `"softmax_topk"`):
+            Name of the router, see `ROUTERS`.
+        router_jitter_noise (`float`, *optional*, defaults to 0.0):
+            In training, the input of the sparse block is multiplied by uniform noise from `1 - router_jitter_noise` to
+            `1 + router_jitter_noise`, as Mixtral does.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
+            Coefficient of the load-balancing loss, which is added to the loss when `output_router_logits` is on.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether the model returns the router logits and the load-balancing loss.
+        shared_expert_intermediate_size (`int`, *optional*):
+            Intermediate size of the shared expert that every token takes. None by default: no shared expert.
+        use_shared_expert_gate (`bool`, *optional*, defaults to `False`):
+            Whether a learned sigmoid gate scales the shared expert's output, as in Qwen2-MoE.
+        mlp_layer_types (`list[str]`, *optional*):
+            Per layer `"sparse"` or `"dense"`. Every layer is sparse by default.
+    """
+
+    attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "Model",
+        "AutoModelForCausalLM": "ForCausalLM",
+        "AutoModelForSequenceClassification": "ForSequenceClassification",
+        "AutoModelForTokenClassification": "ForTokenClassification",
+    }
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_type: str = "softmax_topk"
+    router_jitter_noise: float = 0.0
+    router_aux_loss_coef: float = 0.001
+    output_router_logits: bool = False
+    shared_expert_intermediate_size: int | None = None
+    use_shared_expert_gate: bool = False
+    mlp_layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse"] * self.num_hidden_layers
+        # The code travels with every checkpoint, so the map always names the files beside the configuration.
+        kwargs["auto_map"] = self.auto_class_references()
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def auto_class_references(cls) -> dict[str, str]:
+        """The `auto_map` of the family, e.g. `{"AutoModel": "modeling_moe_llama.MoeLlamaModel", ...}`."""
+        configuration_module = cls.__module__.rpartition(".")[2]
+        modeling_module = configuration_module.replace("configuration_", "modeling_", 1)
+        family = cls.__name__.removesuffix("Config")
+        references = {"AutoConfig": f"{configuration_module}.{cls.__name__}"}
+        references.update({auto: f"{modeling_module}.{family}{head}" for auto, head in cls.auto_classes.items()})
+        return references
+
+    def validate_moe(self):
+        """Part of `@strict`-powered validation."""
+        if self.router_type not in ROUTERS:
+            raise ValueError(f"`router_type` must be one of {sorted(ROUTERS)}, got {self.router_type!r}.")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` must lie between 1 and `num_experts` ({self.num_experts}), got "
+                f"{self.num_experts_per_tok}."
+            )
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mlp_layer_types` must have one entry per layer ({self.num_hidden_layers}), got "
+                f"{len(self.mlp_layer_types)}."
+            )
+        unknown = sorted(set(self.mlp_layer_types) - {"sparse", "dense"})
+        if unknown:
+            raise ValueError(f"`mlp_layer_types` entries must be 'sparse' or 'dense', got {unknown}.")
+        if "sparse" not in self.mlp_layer_types:
+            raise ValueError(
+                "`mlp_layer_types` has no 'sparse' layer: such a model is dense, use its dense class instead."
+            )
+        if self.use_shared_expert_gate and self.shared_expert_intermediate_size is None:
+            raise ValueError("`use_shared_expert_gate` needs a `shared_expert_intermediate_size`.")
+        if getattr(self, "mlp_bias", False):
+            raise ValueError("`mlp_bias=True` is not supported: the fused experts carry no bias.")

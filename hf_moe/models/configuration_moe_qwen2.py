@@ -1,0 +1,40 @@
+# Copyright 2026 The hf_moe authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of Qwen2 with sparse layers."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen2Config
+
+from .configuration_moe import MOE_EP_PLAN, MOE_TP_PLAN, MoeConfigMixin
+
+
+@strict
+class MoeQwen2Config(MoeConfigMixin, Qwen2Config):
+    r"""
+    A [`~transformers.Qwen2Config`] with the fields of [`MoeConfigMixin`].
+
+    ```python
+    >>> from hf_moe import MoeQwen2Config, MoeQwen2ForCausalLM
+
+    >>> config = MoeQwen2Config(num_experts=4, num_experts_per_tok=2)
+    >>> model = MoeQwen2ForCausalLM(config)
+    ```
+    """
+
+    model_type = "moe_qwen2"
+    base_model_tp_plan = {**Qwen2Config.base_model_tp_plan, **MOE_TP_PLAN}
+    base_model_ep_plan = MOE_EP_PLAN
+
+
+__all__ = ["MoeQwen2Config"]

@@ -1,0 +1,203 @@
+# Copyright 2026 The hf_moe authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The sparse block and the mixins that put it into a dense transformers model.
+
+`MoeSparseBlock` takes the place of a layer's feed-forward. `MoePreTrainedModelMixin`, `MoeModelMixin`,
+`MoeForCausalLMMixin` and `MoeClassificationMixin` are mixed into the dense classes of a family; attention, caches,
+generation and parallel plans stay those of the dense classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import can_return_tuple
+
+from .experts import MoeExperts, SharedExpert
+from .routers import ROUTERS, MoeRouter
+
+
+class MoeSparseBlock(nn.Module):
+    """
+    Router, routed experts and an optional shared expert: `(B, S, H)` to `(B, S, H)`.
+
+    The tensor names (`gate.weight`, `experts.gate_up_proj`, `experts.down_proj`, `shared_expert`) are those that PEFT,
+    TRL, quantizers and the parallel plans of transformers look for.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.jitter_noise = config.router_jitter_noise
+        self.gate = ROUTERS[config.router_type](config)
+        self.experts = MoeExperts(config)
+        # CODEPATH: with a shared expert DeepSeekMoE and Qwen2-MoE, without Mixtral and Qwen3-MoE
+        self.shared_expert = SharedExpert(config) if config.shared_expert_intermediate_size else None
+        # CODEPATH: gated Qwen2-MoE, ungated DeepSeekMoE
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.use_shared_expert_gate else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and self.jitter_noise > 0:
+            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+            hidden_states = hidden_states * noise
+        hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH)
+        output_TH = self.experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
+        if self.shared_expert is not None:
+            shared_output_TH = self.shared_expert(hidden_states_TH)
+            if self.shared_expert_gate is not None:
+                shared_output_TH = F.sigmoid(self.shared_expert_gate(hidden_states_TH)) * shared_output_TH
+            output_TH = output_TH + shared_output_TH
+        return output_TH.reshape(hidden_states.shape)
+
+
+class MoePreTrainedModelMixin:
+    """Initialisation of the sparse block, and the experts interface, for the base class of a family."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers searches the file of the model class for the experts' decorator; ours stands in experts.py.
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class MoeModelMixin:
+    """Puts a [`MoeSparseBlock`] into the layers that `config.mlp_layer_types` names `"sparse"`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer, layer_type in zip(self.layers, config.mlp_layer_types, strict=True):
+            if layer_type == "sparse":
+                layer.mlp = MoeSparseBlock(config)
+        self.post_init()
+
+
+class MoeForCausalLMMixin:
+    """
+    The causal language model over a MoE backbone, with the load-balancing loss and the router logits in its outputs.
+
+    `model_class` is the backbone of the family.
+    """
+
+    model_class: type
+
+    def __init__(self, config):
+        # Not the __init__ of the dense class, which would build a dense backbone only to drop it.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids to predict, -100 where the loss ignores a position. They are shifted inside.
+            output_router_logits (`bool`, *optional*):
+                Whether to return `router_logits`, one `(batch_size * sequence_length, num_experts)` tensor per sparse
+                layer, and `aux_loss`, which is then added to the loss times `config.router_aux_loss_coef`. Defaults to
+                `config.output_router_logits`. `aux_loss` is Mixtral's: its minimum is `num_experts_per_tok`.
+
+        Raises:
+            ValueError: if the load-balancing loss is asked for where it would have no gradient, that is in training with
+                reentrant gradient checkpointing.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+
+        aux_loss = None
+        if output_router_logits:
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits,
+                self.config.num_experts,
+                self.config.num_experts_per_tok,
+                _padding_mask(attention_mask, outputs.last_hidden_state),
+            )
+            if labels is not None:
+                if loss.requires_grad and not aux_loss.requires_grad and self.config.router_aux_loss_coef != 0:
+                    raise ValueError(
+                        "The load-balancing loss has no gradient here, because reentrant gradient checkpointing runs the "
+                        "layers without one. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`, or turn the "
+                        "loss off with `output_router_logits=False`."
+                    )
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+        )
+
+
+class MoeClassificationMixin:
+    """A classification head over a MoE backbone; `model_class` is the backbone of the family."""
+
+    model_class: type
+
+    def __init__(self, config):
+        # The generic heads of transformers look their backbone up in AutoModel, also where this file is remote code.
+        AutoModel.register(type(config), self.model_class, exist_ok=True)
+        super().__init__(config)
+
+
+def _padding_mask(attention_mask, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """The columns of a `(B, past + S)` mask that belong to the S positions at hand, None for masks of other shapes."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -hidden_states.shape[1] :]

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense checkpoint to MoE checkpoint: recipe, families, targets, methods, plan, writer, parity."""

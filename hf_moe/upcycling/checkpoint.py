@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Reading the dense checkpoint: `DenseCheckpoint` finds its files, checks them, and reads one tensor at a time.
+
+Tensors are read with plain reads, not mapped into memory, so that resident memory is what is in use.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from .recipe import UpcycleError
+
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+AUXILIARY_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+class DenseCheckpoint:
+    """
+    A dense model on disk or on the Hub.
+
+    Args:
+        source (`str` or `Path`): A folder, or the id of a Hub repository, which is then downloaded.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        UpcycleError: if there is no model, or if its weight files are missing, broken or name files outside the folder.
+    """
+
+    def __init__(self, source: str | Path, revision: str | None = None):
+        self.source = str(source)
+        self.folder, self.revision = _resolve(self.source, revision)
+        self.config = read_config(self.folder)
+        self.file_of = self._find_tensors()
+
+    @property
+    def name(self) -> str:
+        """The Hub id, or the name of the local folder."""
+        return self.source if self.revision else Path(self.source).resolve().name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def read(self, name: str) -> torch.Tensor:
+        """
+        One tensor.
+
+        Raises:
+            UpcycleError: if it holds a value that is not finite.
+        """
+        path = self.file_of[name]
+        tensor = _load_bin(path)[name] if path.suffix == ".bin" else _read_safetensors(path, name)
+        if not torch.isfinite(tensor).all():
+            raise UpcycleError(
+                f"{path.name}: tensor {name!r} holds NaN or infinite values. A mixture of experts made from it could not "
+                "be used; repair the checkpoint or take an earlier one."
+            )
+        return tensor
+
+    def read_row(self, name: str, index: int) -> torch.Tensor:
+        """Row `index` of a tensor, without reading the others."""
+        with safe_open(self.file_of[name], framework="pt", backend="pread") as file:
+            return file.get_slice(name)[index]
+
+    def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Data type and shape of a tensor, without reading it."""
+        path = self.file_of[name]
+        if path.suffix == ".bin":
+            tensor = _load_bin(path)[name]
+            return tensor.dtype, tuple(tensor.shape)
+        with safe_open(path, framework="pt", backend="pread") as file:
+            view = file.get_slice(name)
+            return SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
+
+    def sha256(self) -> dict[str, str]:
+        """Digest of every weight file."""
+        digests = {}
+        for path in sorted(set(self.file_of.values())):
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
+
+    def auxiliary_files(self) -> list[Path]:
+        """Tokenizer, chat templates, generation config and licence, relative to the folder."""
+        found = {path for pattern in AUXILIARY_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(path.relative_to(self.folder) for path in found)
+
+    def _find_tensors(self) -> dict[str, Path]:
+        for single in WEIGHT_FILES:
+            index = self.folder / f"{single}.index.json"
+            if index.exists():
+                return self._read_index(index)
+            if (self.folder / single).exists():
+                return {name: self.folder / single for name in _names(self.folder / single)}
+        raise UpcycleError(
+            f"{self.source} holds no weights: expected one of {', '.join(WEIGHT_FILES)} or its .index.json. Weights in "
+            "another format (GGUF, ...) must first be saved with `save_pretrained`."
+        )
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UpcycleError(f"{index.name} is no index of weight files ({error!r}). Download it again.") from error
+        for shard in sorted(set(weight_map.values())):
+            if Path(shard).name != shard or shard in ("", ".", ".."):
+                raise UpcycleError(
+                    f"{index.name} names the file {shard!r}, which lies outside the model's folder. Only names of files "
+                    "beside the index are read."
+                )
+            if not (self.folder / shard).exists():
+                raise UpcycleError(
+                    f"{index.name} names the shard {shard!r}, which is not in {self.source}. Download the model again, or "
+                    "copy the missing file into the folder."
+                )
+        names_in = {shard: set(_names(self.folder / shard)) for shard in set(weight_map.values())}
+        for name, shard in weight_map.items():
+            if name not in names_in[shard]:
+                raise UpcycleError(f"{index.name} says that {shard!r} holds {name!r}, but it does not. Download it again.")
+        return {name: self.folder / shard for name, shard in weight_map.items()}
+
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def read_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """
+    The configuration of a dense model, from a folder or the Hub.
+
+    Raises:
+        UpcycleError: if there is none, or if transformers does not know its model type.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except OSError as error:
+        raise UpcycleError(
+            f"No configuration at {source}: expected a folder with a config.json, or the id of a model on the Hub. "
+            f"({error})"
+        ) from error
+    except ValueError as error:
+        raise UpcycleError(f"transformers cannot read the configuration of {source}: {error}") from error
+
+
+def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of the model and, for the Hub, its commit."""
+    if Path(source).is_dir():
+        return Path(source), None
+    try:
+        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *AUXILIARY_FILES]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.bin", "*.bin.index.json"]))
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        raise UpcycleError(f"{source!r} is neither a folder nor a model that can be had from the Hub: {error}") from error
+    return folder, folder.name
+
+
+def _names(path: Path) -> list[str]:
+    if path.suffix == ".bin":
+        return list(_load_bin(path))
+    try:
+        with safe_open(path, framework="pt", backend="pread") as file:
+            names = list(file.keys())
+            for name in names:
+                if (dtype := file.get_slice(name).get_dtype()) not in SAFETENSORS_DTYPES:
+                    raise UpcycleError(
+                        f"{path.name}: tensor {name!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a "
+                        "quantized checkpoint must be dequantized first."
+                    )
+            return names
+    except SafetensorError as error:
+        raise UpcycleError(
+            f"{path.name} is no complete safetensors file ({error}); a download or copy was probably cut short. Download "
+            "it again."
+        ) from error
+
+
+def _read_safetensors(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt", backend="pread") as file:
+        return file.get_tensor(name)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_bin(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

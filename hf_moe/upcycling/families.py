@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which dense models can be upcycled, and into what.
+
+`FAMILIES` maps the dense `model_type` to a [`Family`]: where its feed-forward stands, its class in hf_moe, and the
+native classes of transformers that can represent the result, best first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from ..models.configuration_moe_llama import MoeLlamaConfig
+from ..models.configuration_moe_mistral import MoeMistralConfig
+from ..models.configuration_moe_qwen2 import MoeQwen2Config
+from ..models.configuration_moe_qwen3 import MoeQwen3Config
+from .layouts import FusedLayout, PerExpertLayout
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    A class that can hold the result.
+
+    Args:
+        config_class (`type`): Its configuration.
+        layout: Names and arrangement of a sparse layer's tensors on disk.
+        prefix (`str`): What the names of its model classes start with, e.g. `"Mixtral"`.
+        native (`bool`): Whether it belongs to transformers.
+        neutral (`dict[str, Any]`): Dense fields for which the class has no place, with the value that changes nothing.
+        ignored (`tuple[str, ...]`): Dense fields for which it has no place and needs none.
+        extra_fields (`tuple[str, ...]`): Fields the class reads although its configuration does not declare them.
+        num_experts_field (`str`): Name of the field that holds the number of experts.
+        expert_size_field (`str`): Name of the field that holds the intermediate size of one expert.
+        dense_layers (`bool`): Whether some layers can stay dense.
+        shared_expert (`str`): `"none"`, `"optional"`, or `"gated"` if there always is one behind a sigmoid gate.
+        refuses (`Callable`, *optional*): A further condition on the dense configuration; returns the reason or None.
+    """
+
+    config_class: type[PreTrainedConfig]
+    layout: FusedLayout | PerExpertLayout
+    prefix: str
+    native: bool = False
+    neutral: dict[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    extra_fields: tuple[str, ...] = ()
+    num_experts_field: str = "num_experts"
+    expert_size_field: str = "moe_intermediate_size"
+    dense_layers: bool = True
+    shared_expert: str = "optional"
+    refuses: Callable[[Any], str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    A dense architecture.
+
+    Args:
+        config_class (`type`): Its configuration.
+        prefix (`str`): What the names of its model classes start with, e.g. `"Llama"`.
+        target (`Target`): The class of hf_moe.
+        native_targets (`tuple[Target, ...]`): Classes of transformers, best first.
+        feed_forward (`tuple[str, str, str]`): Names of gate, up and down in a layer.
+        router_input_norm (`str`): Name of the norm whose output the feed-forward sees.
+    """
+
+    config_class: type[PreTrainedConfig]
+    prefix: str
+    target: Target
+    native_targets: tuple[Target, ...]
+    feed_forward: tuple[str, str, str] = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+    router_input_norm: str = "post_attention_layernorm.weight"
+
+
+def _own_target(config_class: type[PreTrainedConfig]) -> Target:
+    return Target(config_class, FusedLayout(), config_class.__name__.removesuffix("Config"))
+
+
+def _layer_types_refused(config: MistralConfig) -> str | None:
+    layer_types = getattr(config, "layer_types", None)
+    return None if not layer_types else f"layer_types={layer_types} (Mixtral has one attention type for all layers)"
+
+
+def _partial_window_refused(config: Qwen3Config) -> str | None:
+    if config.sliding_window is None or set(config.layer_types) == {"sliding_attention"}:
+        return None
+    return "layer_types mixes full and sliding attention (Qwen3-MoE has one attention type for all layers)"
+
+
+MIXTRAL = Target(
+    MixtralConfig,
+    PerExpertLayout("block_sparse_moe", "w1", "w3", "w2"),
+    "Mixtral",
+    native=True,
+    neutral={"attention_bias": False, "mlp_bias": False},
+    ignored=("pretraining_tp",),
+    num_experts_field="num_local_experts",
+    expert_size_field="intermediate_size",
+    dense_layers=False,
+    shared_expert="none",
+    refuses=_layer_types_refused,
+)
+QWEN2_MOE = Target(
+    Qwen2MoeConfig,
+    PerExpertLayout("mlp", "gate_proj", "up_proj", "down_proj"),
+    "Qwen2Moe",
+    native=True,
+    extra_fields=("head_dim",),
+    shared_expert="gated",
+)
+QWEN3_MOE = Target(
+    Qwen3MoeConfig,
+    PerExpertLayout("mlp", "gate_proj", "up_proj", "down_proj"),
+    "Qwen3Moe",
+    native=True,
+    ignored=("max_window_layers", "layer_types"),  # `refuses` sees to it that all layers have one attention type
+    extra_fields=("head_dim",),
+    shared_expert="none",
+    refuses=_partial_window_refused,
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaConfig, "Llama", _own_target(MoeLlamaConfig), (MIXTRAL,)),
+    "mistral": Family(MistralConfig, "Mistral", _own_target(MoeMistralConfig), (MIXTRAL,)),
+    "qwen2": Family(Qwen2Config, "Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE,)),
+    "qwen3": Family(Qwen3Config, "Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE,)),
+}

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The proof: the written checkpoint is run beside the dense one, and the outputs are compared.
+
+`measure_parity` runs the real model classes with weights that are read when a module needs them and dropped after, the
+experts one by one, so that memory grows neither with the number of layers nor with that of experts.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from huggingface_hub.utils import tqdm
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .checkpoint import DenseCheckpoint
+from .layouts import FusedLayout, PerExpertLayout
+from .recipe import UpcycleError
+
+
+FLOAT32_BOUND = 1e-5
+NUM_TOKENS = 256
+TEXT = """The harbour master counted the boats twice before he wrote 37 into the log, because the fog had already hidden
+the far pier. "If the tide turns at 6:15," he said, "we shall have four hours and ten minutes." Nobody answered him.
+
+def moving_average(values: list[float], width: int) -> list[float]:
+    if width < 1 or width > len(values):
+        raise ValueError(f"width must lie between 1 and {len(values)}, got {width}")
+    total = sum(values[:width])
+    averages = [total / width]
+    for leaving, entering in zip(values, values[width:]):
+        total += entering - leaving
+        averages.append(total / width)
+    return averages
+
+Le train de nuit part à 22 h 40 ; il arrive à Lyon vers sept heures. Das Wetter bleibt bis Freitag wechselhaft.
+Let f be continuous on [0, 1] with f(0) < 0 < f(1). Then f(x) = 0 for some x, since the supremum of the set where f is
+negative belongs neither to that set nor to its complement's interior. See RFC 9110, section 15.5.5: 404 Not Found.
+The licensee may copy, modify and distribute the work, provided that this notice is kept and that changes are marked.
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The checkpoint under test: its class, configuration, layout and tensors."""
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    layout: FusedLayout | PerExpertLayout
+    checkpoint: DenseCheckpoint
+
+
+def measure_parity(
+    dense_class: type[PreTrainedModel],
+    dense: DenseCheckpoint,
+    result: Result,
+    sparse_layers: list[int],
+    *,
+    whole_model: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Compare the result with the dense model on one text, in float32 and in the type of the weights.
+
+    Args:
+        sparse_layers (`list[int]`): Layers to compare. Each sparse block gets what the dense feed-forward got.
+        whole_model (`bool`, *optional*, defaults to `True`): Whether to compare the model's outputs too.
+
+    Returns:
+        `dict`: `num_tokens`, `text` (False where random tokens had to serve, for want of a tokenizer) and per data type
+        `layers` (largest difference of each layer's output divided by its largest value) and, for the whole model,
+        `max_relative_error` of the logits, `top1_agreement` and `kl_divergence` (mean over tokens, in nats).
+    """
+    tokens, is_text = _tokens(dense)
+    weights_dtype = dense.config.dtype or torch.float32
+    parity: dict[str, Any] = {"num_tokens": tokens.shape[1], "text": is_text}
+    for dtype in dict.fromkeys((torch.float32, weights_dtype)):
+        name = str(dtype).removeprefix("torch.")
+        with tqdm(
+            total=dense.config.num_hidden_layers * 2 + len(sparse_layers),
+            desc=f"Verifying in {name}",
+            unit=" layers",
+            disable=None if progress else True,
+        ) as bar:
+            parity[name] = _compare(dense_class, dense, result, sparse_layers, tokens, dtype, whole_model, bar)
+    return parity
+
+
+def summarize(parity: dict[str, Any]) -> float:
+    """The largest relative error in float32: of the whole model if it was compared, else of the layers."""
+    return parity["float32"].get("max_relative_error", max(parity["float32"]["layers"].values()))
+
+
+def check_parity(parity: dict[str, Any], folder: Path) -> None:
+    """
+    Fail if a conversion that should be exact is not.
+
+    Raises:
+        UpcycleError: if the largest relative error in float32 is above 1e-5.
+    """
+    if not summarize(parity) <= FLOAT32_BOUND:
+        raise UpcycleError(
+            f"The result does not compute what the dense model computes: the largest relative difference is "
+            f"{summarize(parity):.1e}, where an exact method allows {FLOAT32_BOUND:.0e}. The files are left in {folder} for "
+            "inspection. Please report this with the configuration of the source."
+        )
+
+
+def _compare(
+    dense_class: type[PreTrainedModel],
+    dense: DenseCheckpoint,
+    result: Result,
+    sparse_layers: list[int],
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    whole_model: bool,
+    bar: tqdm,
+) -> dict[str, Any]:
+    dense_model = _streamed_model(dense_class, dense.config, _Tensors(dense, dtype), None)
+    captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, layer in enumerate(_layers(dense_model)):
+        layer.mlp.register_forward_hook(
+            lambda module, args, output, index=index: captured.__setitem__(index, (args[0], output))
+        )
+        layer.register_forward_hook(lambda module, args, output: bar.update())
+    with torch.no_grad():
+        expected = _output(dense_model(tokens))
+        del dense_model
+
+        model = _streamed_model(result.model_class, result.config, _Tensors(result.checkpoint, dtype, result.layout.block), result.layout)
+        layers, errors = _layers(model), {}
+        for index in sparse_layers:
+            block_input, block_output = captured.pop(index)
+            errors[str(index)] = _relative_error(layers[index].mlp(block_input), block_output)
+            bar.update()
+        measured: dict[str, Any] = {"layers": errors}
+        if whole_model:
+            for layer in layers:
+                layer.register_forward_hook(lambda module, args, output: bar.update())
+            measured |= _compare_outputs(_output(model(tokens)), expected)
+    return measured
+
+
+def _compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    actual, expected = actual.float(), expected.float()
+    divergence = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
+    return {
+        "max_relative_error": _relative_error(actual, expected),
+        "top1_agreement": (actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        "kl_divergence": divergence.sum(-1).mean().item(),
+    }
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def _output(outputs: Any) -> torch.Tensor:
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    return model.base_model.layers
+
+
+def _tokens(dense: DenseCheckpoint) -> tuple[torch.Tensor, bool]:
+    """`(1, S)` token ids, a little longer than the sliding window where that is at most four times NUM_TOKENS."""
+    window = getattr(dense.config, "sliding_window", None) or 0
+    length = max(NUM_TOKENS, window + 32 if window <= 4 * NUM_TOKENS else 0)
+    length = min(length, dense.config.max_position_embeddings)
+    if any(path.name.startswith("tokenizer") for path in dense.auxiliary_files()):
+        ids = AutoTokenizer.from_pretrained(dense.folder)(TEXT)["input_ids"]
+        return torch.tensor([(ids * (length // len(ids) + 1))[:length]]), True
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(dense.config.vocab_size, (1, length), generator=generator), False
+
+
+class _Tensors(Mapping):
+    """
+    The tensors of a checkpoint by their names in memory, in one data type, read when asked for.
+
+    `tied` names give the tensor they are tied to; `block` is what the sparse block, `mlp` in memory, is called on disk.
+    """
+
+    def __init__(self, checkpoint: DenseCheckpoint, dtype: torch.dtype, block: str = "mlp"):
+        self.checkpoint, self.dtype, self.block = checkpoint, dtype, block
+        self.tied: Mapping[str, str] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        name = self.tied.get(name, name).replace(".mlp.", f".{self.block}.")
+        return self.checkpoint.read(name).to(self.dtype)
+
+    def rows(self, name: str, index: int | None) -> torch.Tensor:
+        return self.checkpoint.read_row(name, index).to(self.dtype) if index is not None else self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.checkpoint, *self.tied])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _streamed_model(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: _Tensors,
+    layout: FusedLayout | PerExpertLayout | None,
+) -> PreTrainedModel:
+    """A model without weights of its own: each module reads its weights from `tensors` for the time of its forward."""
+    config = copy.deepcopy(config)
+    if layout is not None:
+        config._experts_implementation = "hf_moe_streamed"
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=tensors.dtype)
+    model.eval()
+    if config.tie_word_embeddings:
+        tensors.tied = model.all_tied_weights_keys
+    for name, module in model.named_modules():
+        if layout is not None and name.endswith("mlp.experts"):
+            module.read_expert = _expert_reader(tensors, layout, name.removesuffix("mlp.experts"))
+            module._parameters.clear()
+    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
+    return model
+
+
+def _expert_reader(
+    tensors: _Tensors, layout: FusedLayout | PerExpertLayout, layer: str
+) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+    return lambda expert_index: layout.read(tensors.rows, layer, expert_index)
+
+
+def _streamed_experts_forward(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The arithmetic of transformers' grouped_mm, with the weights of one expert in memory at a time."""
+    slots = torch.empty(*top_k_index.shape, hidden_states.shape[-1], dtype=hidden_states.dtype)
+    for expert_index in top_k_index.unique().tolist():
+        gate_up_proj, down_proj = self.read_expert(expert_index)
+        token, slot = torch.where(top_k_index == expert_index)
+        hidden = self._apply_gate(F.linear(hidden_states[token], gate_up_proj))
+        slots[token, slot] = F.linear(hidden, down_proj)
+    return (slots * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("hf_moe_streamed", _streamed_experts_forward)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import tqdm
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from .. import __version__
+from ..hub.card import write_model_card
+from .checkpoint import DenseCheckpoint
+from .convert import DenseTensors, Step, plan_steps
+from .parity import Result, check_parity, measure_parity, summarize
+from .plan import UpcyclePlan, meta_model, plan_upcycle
+from .recipe import UpcycleConfig, UpcycleError, UpcycleReport
+from .targets import dense_class, find_head, target_class
+from .writer import ShardWriter
+
+
+def upcycle(
+    source: str | Path,
+    output_dir: str | Path,
+    config: UpcycleConfig | None = None,
+    *,
+    revision: str | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> UpcycleReport:
+    r"""
+    Convert a dense model into a mixture of experts.
+
+    Tensors are read and written one at a time, so memory grows neither with the model nor with the number of experts.
+    The work is done in `<output_dir>.incomplete`, which becomes `output_dir` at the end; if the call is interrupted, the
+    same call goes on where it stopped. The folder holds weights, configuration, tokenizer, generation config, the code
+    of the class if it is ours, `hf_moe.json` (recipe, parent, parity) and a model card.
+
+    Args:
+        source (`str` or `Path`): The dense model, a folder or a Hub id.
+        output_dir (`str` or `Path`): The folder to write.
+        config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub source.
+        max_shard_size (`str` or `int`, *optional*, defaults to `"5GB"`): Largest weight file.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output_dir` is replaced, once the new
+            one is complete; an interrupted conversion is then thrown away.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+
+    Returns:
+        [`UpcycleReport`]
+
+    Raises:
+        UpcycleError: if the conversion cannot be done, or if a method that is exact misses its bound of 1e-5.
+
+    Example:
+
+    ```python
+    >>> from hf_moe import UpcycleConfig, upcycle
+
+    >>> report = upcycle("HuggingFaceTB/SmolLM2-135M", "smollm2-moe", UpcycleConfig(num_experts=4))
+    ```
+    """
+    started = time.perf_counter()
+    recipe = config or UpcycleConfig()
+    checkpoint = DenseCheckpoint(source, revision)
+    plan = plan_upcycle(checkpoint.config, recipe)
+    output_dir = Path(output_dir)
+    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
+    _check_output(output_dir, checkpoint, overwrite)
+    if overwrite and incomplete.exists():
+        shutil.rmtree(incomplete)
+
+    info = {name: checkpoint.dtype_and_shape(name) for name in checkpoint}
+    dense = DenseTensors(info, checkpoint.read)
+    steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
+    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256()}
+    weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
+    fingerprint = json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "parent": parent})
+
+    try:
+        incomplete.mkdir(parents=True, exist_ok=True)
+        writer = ShardWriter(incomplete, steps, max_shard_size, fingerprint)
+        _check_space(incomplete, writer.total_bytes, checkpoint)
+        _write_weights(writer, steps, progress)
+        _write_other_files(incomplete, checkpoint, plan)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise UpcycleError(
+            f"Writing to {incomplete} failed: {error.strerror}. The conversion needs {plan.bytes:,} bytes. Make room and run "
+            "the same command again: it goes on where it stopped."
+        ) from error
+
+    parity = None
+    if recipe.verify != "none":
+        result = Result(
+            target_class(plan.target, find_head(checkpoint.config)),
+            plan.config,
+            plan.target.layout,
+            DenseCheckpoint(incomplete),
+        )
+        parity = measure_parity(
+            dense_class(checkpoint.config),
+            checkpoint,
+            result,
+            plan.sparse_layers,
+            whole_model=recipe.verify == "full",
+            progress=progress,
+        )
+        if plan.exact:
+            check_parity(parity, incomplete)
+    provenance = _provenance(recipe, plan, checkpoint, parent, parity)
+    (incomplete / "hf_moe.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_model_card(incomplete, provenance)
+    writer.journal.unlink()
+    _publish(incomplete, output_dir)
+
+    error = None if parity is None else summarize(parity)
+    return UpcycleReport(
+        output_dir=output_dir,
+        model_type=plan.model_type,
+        exact=error is not None and error <= 1e-5,
+        max_relative_error=error,
+        parity=parity,
+        num_parameters=plan.num_parameters,
+        num_active_parameters=plan.num_active_parameters,
+        bytes_written=writer.total_bytes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_output(output_dir: Path, checkpoint: DenseCheckpoint, overwrite: bool) -> None:
+    resolved, source = output_dir.resolve(), checkpoint.folder.resolve()
+    if resolved == source or source.is_relative_to(resolved):
+        raise UpcycleError(f"The output folder {output_dir} holds the source {checkpoint.source}. Choose another one.")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UpcycleError(f"{output_dir} exists and is no folder. Choose another output folder.")
+    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
+        raise UpcycleError(
+            f"The output folder {output_dir} exists and is not empty. Choose another one, or pass overwrite=True "
+            "(--overwrite) to replace it."
+        )
+
+
+def _check_space(folder: Path, needed: int, checkpoint: DenseCheckpoint) -> None:
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if needed - there > free:
+        raise UpcycleError(
+            f"The result of {checkpoint.name} needs {needed:,} bytes, but only {free:,} are free at {folder.parent}. Make "
+            "room, choose another output folder, or ask for fewer experts."
+        )
+
+
+def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> None:
+    with tqdm(
+        total=writer.total_bytes, desc="Upcycling", unit="B", unit_scale=True, disable=None if progress else True
+    ) as bar:
+        for step in steps:
+            if writer.is_done(step):
+                bar.update(step.num_bytes)
+                continue
+            for num_bytes in writer.write(step):
+                bar.update(num_bytes)
+    writer.write_index()
+
+
+def _write_other_files(folder: Path, checkpoint: DenseCheckpoint, plan: UpcyclePlan) -> None:
+    model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
+    plan.config.architectures = [plan.architecture]
+    if not plan.native:
+        custom_object_save(model, folder, config=plan.config)
+    plan.config.save_pretrained(folder)
+    for path in checkpoint.auxiliary_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / path, folder / path)
+    if model.can_generate() and not (folder / "generation_config.json").exists():
+        GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
+
+
+def _provenance(
+    recipe: UpcycleConfig,
+    plan: UpcyclePlan,
+    checkpoint: DenseCheckpoint,
+    parent: dict[str, Any],
+    parity: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "hf_moe_version": __version__,
+        "recipe": recipe.to_dict(),
+        "parent": {**parent, "model_type": checkpoint.config.model_type, "num_parameters": plan.num_dense_parameters},
+        "result": {
+            "model_type": plan.model_type,
+            "architecture": plan.architecture,
+            "native": plan.native,
+            "exact": plan.exact,
+            "num_parameters": plan.num_parameters,
+            "num_active_parameters": plan.num_active_parameters,
+            "num_sparse_layers": len(plan.sparse_layers),
+            "num_layers": checkpoint.config.num_hidden_layers,
+            "dtype": str(checkpoint.config.dtype).removeprefix("torch."),
+        },
+        "parity": parity,
+    }
+
+
+def _publish(incomplete: Path, output_dir: Path) -> None:
+    """Put the finished folder in its place; a folder that stood there goes only once the new one is in place."""
+    if not output_dir.exists():
+        incomplete.rename(output_dir)
+        return
+    replaced = output_dir.with_name(output_dir.name + ".replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    output_dir.rename(replaced)
+    incomplete.rename(output_dir)
+    shutil.rmtree(replaced)
