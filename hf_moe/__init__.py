@@ -9,9 +9,8 @@ is imported when it is first used.
 import importlib
 
 from .registration import register as _register
+from .version import __version__
 
-
-__version__ = "0.1.0.dev0"
 
 _MODEL_CLASSES = _register()
 globals().update(_MODEL_CLASSES)

@@ -53,6 +53,7 @@ class DenseCheckpoint:
         self.folder, self.revision = _resolve(self.source, revision)
         self.config = read_config(self.folder)
         self.file_of = self._find_tensors()
+        self._handles: dict[Path, safe_open] = {}
 
     @property
     def name(self) -> str:
@@ -65,16 +66,16 @@ class DenseCheckpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.file_of
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, check_finite: bool = True) -> torch.Tensor:
         """
         One tensor.
 
         Raises:
-            UpcycleError: if it holds a value that is not finite.
+            UpcycleError: if it holds a value that is not finite, unless `check_finite` is False.
         """
         path = self.file_of[name]
-        tensor = _load_bin(path)[name] if path.suffix == ".bin" else _read_safetensors(path, name)
-        if not torch.isfinite(tensor).all():
+        tensor = _load_bin(path)[name] if path.suffix == ".bin" else self._open(path).get_tensor(name)
+        if check_finite and not torch.isfinite(tensor).all():
             raise UpcycleError(
                 f"{path.name}: tensor {name!r} holds NaN or infinite values. A mixture of experts made from it could not "
                 "be used; repair the checkpoint or take an earlier one."
@@ -82,9 +83,10 @@ class DenseCheckpoint:
         return tensor
 
     def read_row(self, name: str, index: int) -> torch.Tensor:
-        """Row `index` of a tensor, without reading the others."""
-        with safe_open(self.file_of[name], framework="pt", backend="pread") as file:
-            return file.get_slice(name)[index]
+        """Row `index` of a tensor in a safetensors file, without reading the others."""
+        # Plain reads would take in the whole tensor for one row; the map is dropped as soon as the row is copied.
+        with safe_open(self.file_of[name], framework="pt") as file:
+            return file.get_slice(name)[index].clone()
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Data type and shape of a tensor, without reading it."""
@@ -92,9 +94,8 @@ class DenseCheckpoint:
         if path.suffix == ".bin":
             tensor = _load_bin(path)[name]
             return tensor.dtype, tuple(tensor.shape)
-        with safe_open(path, framework="pt", backend="pread") as file:
-            view = file.get_slice(name)
-            return SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
+        view = self._open(path).get_slice(name)
+        return SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
 
     def sha256(self) -> dict[str, str]:
         """Digest of every weight file."""
@@ -103,6 +104,11 @@ class DenseCheckpoint:
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
+
+    def _open(self, path: Path) -> safe_open:
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, framework="pt", backend="pread")
+        return self._handles[path]
 
     def auxiliary_files(self) -> list[Path]:
         """Tokenizer, chat templates, generation config and licence, relative to the folder."""
@@ -170,7 +176,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
     if Path(source).is_dir():
         return Path(source), None
     try:
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *AUXILIARY_FILES]
+        patterns = ["config.json", "README.md", "*.safetensors", "*.safetensors.index.json", *AUXILIARY_FILES]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.bin", "*.bin.index.json"]))
@@ -197,11 +203,6 @@ def _names(path: Path) -> list[str]:
             f"{path.name} is no complete safetensors file ({error}); a download or copy was probably cut short. Download "
             "it again."
         ) from error
-
-
-def _read_safetensors(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt", backend="pread") as file:
-        return file.get_tensor(name)
 
 
 @functools.lru_cache(maxsize=1)

@@ -116,7 +116,7 @@ def upcycle(
             check_parity(parity, incomplete)
     provenance = _provenance(recipe, plan, checkpoint, parent, parity)
     (incomplete / "hf_moe.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    write_model_card(incomplete, provenance)
+    write_model_card(incomplete, provenance, parent_card=checkpoint.folder / "README.md")
     writer.journal.unlink()
     _publish(incomplete, output_dir)
 

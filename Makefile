@@ -1,0 +1,58 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := .cache/smollm2
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MLINTER_RULES := build/mlinter-rules.toml
+
+.PHONY: help install demo test test-fast test-slow quality style build clean
+
+help: ## Print every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Create .venv and install hf_moe with everything needed to develop it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (torch first, then the rest) ..."
+	$(PIP) torch
+	$(PIP) --editable '.[dev,demo]'
+	@touch $@
+
+$(MODEL)/config.json: $(INSTALLED)
+	$(BIN)/python examples/fetch_smollm2.py $(MODEL)
+
+demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-tune, look at the routing (minutes)
+	$(BIN)/python examples/demo.py $(MODEL) outputs/demo
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(INSTALLED) ## Run the tests until the first failure, those that failed last time first
+	$(BIN)/python -m pytest -n 2 --dist loadfile -x --failed-first
+
+test-slow: $(INSTALLED) $(MODEL)/config.json ## Run the slow tests, which need a real model
+	HF_MOE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -m slow
+
+quality: $(INSTALLED) ## Check style, types, model conventions and layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build
+	@# Without TRF057: the docstrings that transformers generates name the model after its own folders, so not ours.
+	@sed '/^\[rules.TRF057\]/,/^default_enabled/ s/default_enabled = true/default_enabled = false/' \
+		$$($(BIN)/python -c 'import mlinter; print(mlinter.__path__[0])')/rules.toml > $(MLINTER_RULES)
+	$(BIN)/mlinter hf_moe/models --no-progress --no-cache --rules-toml $(MLINTER_RULES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+style: $(INSTALLED) ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(INSTALLED) ## Build the wheel and the source archive into dist/
+	$(BIN)/python -m build
+
+clean: ## Remove everything that make created
+	rm -rf $(VENV) .cache build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hf-moe inspect`: which experts serve a text, as a table, JSON or a picture."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from huggingface_hub.cli import out
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Mixture of experts: a folder or a Hub id.")],
+    text: Annotated[list[Path], typer.Option(help="Text file to run through the model; can be given several times.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG to draw: heat map layer x expert with entropy.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the full statistics.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to run in all.")] = 8192,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repo.")] = False,
+) -> None:
+    """Run text through a model and show the load of every layer's experts."""
+    import torch
+    from huggingface_hub.utils import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..plots import plot_load
+    from ..training.recorder import RoutingRecorder
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    sequences = _sequences(tokenizer, text, max_tokens, length)
+    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, dtype="auto").eval()
+    with RoutingRecorder(network) as recorder, torch.no_grad():
+        for sequence in tqdm(sequences, desc="Routing", unit=" sequences", disable=True if out.is_quiet() else None):
+            network(sequence)
+    statistics = recorder.statistics()
+    out.table(
+        [
+            {
+                "layer": name,
+                "entropy": round(layer.entropy, 3),
+                "max_violation": round(layer.max_violation, 3),
+                "cv": round(layer.coefficient_of_variation, 3),
+                "dead": len(layer.dead_experts),
+                "load": " ".join(f"{share:.2f}" for share in layer.load.tolist()),
+            }
+            for name, layer in statistics.layers.items()
+        ]
+    )
+    mean = "  ".join(f"{name} {value:.3f}" for name, value in statistics.summary().items())
+    out.log(f"{sum(sequence.numel() for sequence in sequences):,} tokens; mean over layers: {mean}")
+    if output is not None:
+        statistics.save(output)
+        out.log(f"Wrote {output}")
+    if plot is not None:
+        plot_load(statistics, plot, title=f"{Path(model).name}: {', '.join(path.name for path in text)}")
+        out.log(f"Wrote {plot}")
+
+
+def _sequences(tokenizer, paths: list[Path], max_tokens: int, length: int) -> "list[torch.Tensor]":
+    """`(1, S)` token ids of at most `length`, from every file an equal share of `max_tokens`."""
+    import torch
+
+    sequences = []
+    for path in paths:
+        ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
+        sequences += torch.split(ids[:, : max_tokens // len(paths)], length, dim=1)
+    if not any(sequence.numel() for sequence in sequences):
+        raise ValueError(f"There is no text in {', '.join(map(str, paths))}.")
+    return [sequence for sequence in sequences if sequence.numel()]

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of `hf-moe`: the commands, and errors as one line instead of a traceback."""
+
+import os
+import sys
+
+from huggingface_hub import typer_factory
+from huggingface_hub.cli import out
+from huggingface_hub.errors import StrictDataclassError
+
+from .inspect import inspect
+from .upcycle import plan, upcycle
+
+
+app = typer_factory(help="Turn dense Hugging Face models into mixtures of experts, and look at their routing.")
+app.command(
+    examples=["hf-moe plan HuggingFaceTB/SmolLM2-135M --num-experts 4", "hf-moe plan ./model --method residual --json"]
+)(plan)
+app.command(
+    examples=[
+        "hf-moe upcycle HuggingFaceTB/SmolLM2-135M smollm2-moe --num-experts 4",
+        "hf-moe upcycle ./model ./moe --recipe recipe.yml",
+    ]
+)(upcycle)
+app.command(examples=["hf-moe inspect ./moe --text essay.txt --plot load.png"])(inspect)
+
+
+def main() -> None:
+    """Run the command line. Errors of use are printed; `HF_DEBUG=1` shows their traceback."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        if os.environ.get("HF_DEBUG"):
+            raise
+        out.error(str(error))
+        sys.exit(1)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RoutingStatistics`: how evenly the experts of each layer are used, computed from counts alone."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """
+    The routing of one layer.
+
+    Args:
+        counts (`torch.Tensor` of shape `(num_experts,)`): Number of token slots each expert served.
+        num_tokens (`int`): Number of tokens seen, padding left out.
+    """
+
+    counts: torch.Tensor
+    num_tokens: int
+
+    @property
+    def load(self) -> torch.Tensor:
+        """Share of the slots each expert served, `(num_experts,)`; sums to 1."""
+        return self.counts.double() / max(int(self.counts.sum()), 1)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the load divided by its maximum: 1 if all experts serve alike, 0 if one serves all."""
+        load = self.load
+        return float(torch.special.entr(load).sum()) / math.log(len(load))
+
+    @property
+    def max_violation(self) -> float:
+        """`(largest - mean) / mean` of the counts: 0 if balanced, `num_experts - 1` if one expert serves all."""
+        return float(self.load.max()) * len(self.counts) - 1
+
+    @property
+    def coefficient_of_variation(self) -> float:
+        """Population standard deviation of the counts divided by their mean: 0 if balanced."""
+        return float(self.load.std(correction=0)) * len(self.counts)
+
+    @property
+    def dead_experts(self) -> list[int]:
+        """Experts that served no token."""
+        return torch.nonzero(self.counts == 0).flatten().tolist()
+
+
+class RoutingStatistics:
+    """
+    The routing of every sparse layer.
+
+    Args:
+        layers (`dict[str, LayerRouting]`): By the name of the layer's router, in the order of the model.
+
+    Example:
+
+    ```python
+    >>> statistics = recorder.statistics()
+    >>> statistics["model.layers.0.mlp.gate"].entropy
+    0.97
+    ```
+    """
+
+    def __init__(self, layers: dict[str, LayerRouting]):
+        self.layers = layers
+
+    def __getitem__(self, name: str) -> LayerRouting:
+        return self.layers[name]
+
+    def summary(self) -> dict[str, float]:
+        """Means over layers, and the share of dead experts over all layers."""
+        layers = list(self.layers.values())
+        num_experts = sum(len(layer.counts) for layer in layers)
+        return {
+            "entropy": sum(layer.entropy for layer in layers) / len(layers),
+            "max_violation": sum(layer.max_violation for layer in layers) / len(layers),
+            "coefficient_of_variation": sum(layer.coefficient_of_variation for layer in layers) / len(layers),
+            "dead_fraction": sum(len(layer.dead_experts) for layer in layers) / num_experts,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; [`RoutingStatistics.from_dict`] reads it back."""
+        return {
+            "summary": self.summary(),
+            "layers": {
+                name: {
+                    "counts": layer.counts.tolist(),
+                    "num_tokens": layer.num_tokens,
+                    "load": layer.load.tolist(),
+                    "entropy": layer.entropy,
+                    "max_violation": layer.max_violation,
+                    "coefficient_of_variation": layer.coefficient_of_variation,
+                    "dead_experts": layer.dead_experts,
+                }
+                for name, layer in self.layers.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RoutingStatistics":
+        """Statistics from what [`RoutingStatistics.to_dict`] gave."""
+        return cls(
+            {
+                name: LayerRouting(torch.tensor(layer["counts"], dtype=torch.int64), layer["num_tokens"])
+                for name, layer in values["layers"].items()
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny dense models of every family, offline mode, and a guard that fails on deprecation warnings of our libraries."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import logging  # noqa: E402
+import traceback  # noqa: E402
+import warnings  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+import hf_moe  # noqa: E402
+
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+
+def called_by_us() -> bool:
+    """Whether hf_moe's own code is among the callers."""
+    return any(os.sep + "hf_moe" + os.sep in frame.filename for frame in traceback.extract_stack())
+
+
+class DeprecationRecorder(logging.Handler):
+    """Collects what is announced as deprecated, by log or by warning, while code of hf_moe runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower() and called_by_us():
+            self.messages.append(record.getMessage())
+
+    def showwarning(self, message, category, filename, lineno, file=None, line=None) -> None:
+        if issubclass(category, DeprecationWarning | FutureWarning) and called_by_us():
+            self.messages.append(str(message))
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations():
+    """Fail a test in which code of hf_moe uses something that transformers, peft or another library deprecates."""
+    recorder = DeprecationRecorder()
+    loggers = [logging.getLogger("transformers"), logging.getLogger("peft")]
+    for logger in loggers:
+        logger.addHandler(recorder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = recorder.showwarning
+        yield recorder
+    for logger in loggers:
+        logger.removeHandler(recorder)
+    assert not recorder.messages, f"deprecation warnings: {recorder.messages}"
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Name of a dense family."""
+    return request.param
+
+
+def dense_config(family: str, **values) -> transformers.PreTrainedConfig:
+    """Configuration of a tiny dense model; `head_dim` is not hidden_size / heads where the family lets it differ."""
+    head_dim = {"head_dim": 16} if family != "qwen2" else {}
+    return getattr(transformers, f"{FAMILIES[family]}Config")(**{**TINY, **head_dim, **values})
+
+
+def dense_model(family: str, head: str = "ForCausalLM", dtype=torch.float32, **values) -> transformers.PreTrainedModel:
+    """Tiny dense model in which nothing is left at a default: norms and biases are random too."""
+    model = getattr(transformers, FAMILIES[family] + head)(dense_config(family, **values))
+    randomize(model)
+    return model.to(dtype).eval() if dtype == torch.float32 else cast(model, dtype)
+
+
+def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """Parameters in `dtype`, buffers (rotary frequencies) as they are: what `from_pretrained(dtype=)` gives."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Give every parameter a value that matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+
+
+def moe_config(family: str, **values) -> transformers.PreTrainedConfig:
+    """Configuration of a tiny model of hf_moe."""
+    head_dim = {"head_dim": 16} if family != "qwen2" else {}
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return getattr(hf_moe, f"Moe{FAMILIES[family]}Config")(**{**TINY, **head_dim, **moe, **values})
+
+
+def moe_model(family: str, head: str = "ForCausalLM", **values) -> transformers.PreTrainedModel:
+    """Tiny model of hf_moe with random values everywhere."""
+    model = getattr(hf_moe, f"Moe{FAMILIES[family]}{head}")(moe_config(family, **values))
+    randomize(model)
+    return model.eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Two sequences, the first with three columns of left padding."""
+    input_ids = torch.randint(3, 96, (2, 11), generator=torch.Generator().manual_seed(1))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :3] = 0
+    input_ids[0, :3] = 0
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def save_tokenizer(folder) -> None:
+    """A word-level tokenizer over the tiny vocabulary, which knows single characters only."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {chr(32 + i): 4 + i for i in range(92)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = 1e-5) -> None:
+    """Largest difference divided by largest value within `bound`."""
+    scale = expected.float().abs().max().clamp(min=1e-12)
+    error = ((actual.float() - expected.float()).abs().max() / scale).item()
+    assert error <= bound, f"relative error {error:.2e} > {bound:.0e}"

@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model classes beside transformers' native ones, and everything a transformers user expects of a class."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, assert_close, moe_config, moe_model, randomize
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hf_moe
+from hf_moe.models.modeling_moe import MoeSparseBlock
+
+
+NATIVE = {"llama": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
+
+
+def native_twin(family: str, **values) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedModel]:
+    """A native model and ours, of one configuration and with the same weights."""
+    if family == "qwen2":
+        values = {"shared_expert_intermediate_size": 40, "use_shared_expert_gate": True, **values}
+    ours = moe_model(family, **values)
+    fields = ours.config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "mlp_layer_types"):
+        fields.pop(name)
+    fields["num_local_experts"] = fields.pop("num_experts")
+    if NATIVE[family] == "Mixtral":
+        fields["intermediate_size"] = fields["moe_intermediate_size"]
+    else:
+        fields["num_experts"] = fields.pop("num_local_experts")
+    native = getattr(transformers, f"{NATIVE[family]}ForCausalLM")(
+        getattr(transformers, f"{NATIVE[family]}Config")(**fields)
+    )
+    native.load_state_dict(ours.state_dict())
+    return native.eval(), ours
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_equals_the_native_class(family, batch, training):
+    # Mixtral always normalises; Qwen-MoE is compared in its other mode.
+    normalise = {} if NATIVE[family] == "Mixtral" else {"norm_topk_prob": False}
+    native, ours = native_twin(family, router_aux_loss_coef=0.1, **normalise)
+    native.train(training), ours.train(training)
+    expected, actual = (model(**batch, output_router_logits=True) for model in (native, ours))
+    for field in ("logits", "loss", "aux_loss"):
+        assert_close(actual[field], expected[field])
+    assert len(actual.router_logits) == 3
+    for a, b in zip(actual.router_logits, expected.router_logits, strict=True):
+        assert_close(a, b)
+    expected.loss.backward(), actual.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in native.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, gradients[name])
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_jitter_is_mixtrals(batch):
+    native, ours = native_twin("llama", router_jitter_noise=0.3)
+    native.train(), ours.train()
+    torch.manual_seed(3)
+    expected = native(**batch).loss
+    torch.manual_seed(3)
+    assert_close(ours(**batch).loss, expected)
+    ours.eval()
+    with torch.no_grad():
+        assert abs(ours(**batch).loss - expected) > 1e-4
+
+
+def test_recorded_mixtral_block():
+    golden = load_file("tests/golden/mixtral.safetensors")
+    config = moe_config("llama", hidden_size=16, num_experts=8, moe_intermediate_size=24)
+    config._experts_implementation = "grouped_mm"
+    block = MoeSparseBlock(config)
+    experts = range(8)
+    with torch.no_grad():
+        block.gate.weight.copy_(golden["w.gate.weight"])
+        block.experts.gate_up_proj.copy_(
+            torch.stack([torch.cat([golden[f"w.experts.{e}.w1.weight"], golden[f"w.experts.{e}.w3.weight"]]) for e in experts])
+        )
+        block.experts.down_proj.copy_(torch.stack([golden[f"w.experts.{e}.w2.weight"] for e in experts]))
+        assert_close(block(golden["x"][None])[0], golden["y"], 1e-6)
+
+
+def test_experts_implementations_agree(family, batch):
+    results = {}
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = moe_model(family, shared_expert_intermediate_size=40)
+        model.set_experts_implementation(implementation)
+        assert model.config._experts_implementation == implementation
+        output = model(**batch, output_router_logits=True)
+        output.loss.backward()
+        results[implementation] = output.logits, {name: p.grad for name, p in model.named_parameters()}
+    logits, gradients = results.pop("eager")
+    for other_logits, other_gradients in results.values():
+        assert_close(other_logits, logits)
+        for name, gradient in gradients.items():
+            assert_close(other_gradients[name], gradient)
+
+
+def test_loaded_model_runs_grouped_mm(family, tmp_path, monkeypatch, batch):
+    moe_model(family).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is getattr(hf_moe, f"Moe{FAMILIES[family]}ForCausalLM")
+    assert model.config._experts_implementation == "grouped_mm"
+    calls = []
+    functions = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
+    original = functions["grouped_mm"]
+    monkeypatch.setitem(functions._global_mapping, "grouped_mm", lambda *args: calls.append(1) or original(*args))
+    model(**batch)
+    assert len(calls) == 3
+
+
+def test_mixed_layers(family, batch):
+    model = moe_model(family, mlp_layer_types=["dense", "sparse", "dense"])
+    assert [isinstance(layer.mlp, MoeSparseBlock) for layer in model.model.layers] == [False, True, False]
+    assert len(model(**batch, output_router_logits=True).router_logits) == 1
+    assert len(model.model(batch["input_ids"], output_router_logits=True).router_logits) == 1
+
+
+def test_padding_does_not_count_in_the_balance_loss(batch):
+    model = moe_model("llama")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    short = model(ids[:1, 3:], output_router_logits=True)
+    padded = model(ids[:1], attention_mask=mask[:1], output_router_logits=True)
+    assert_close(padded.aux_loss, short.aux_loss)
+    assert_close(padded.logits[:, 3:], short.logits)
+
+
+@torch.no_grad()
+def test_generation(family, batch):
+    model = moe_model(family, output_router_logits=True)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    greedy = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
+    cached = model.generate(**inputs, **greedy)
+    assert torch.equal(model.generate(**inputs, **greedy, use_cache=False), cached)
+    assert torch.equal(model.generate(batch["input_ids"][:1, 3:], **greedy), cached[:1, 3:])
+    assert model.generate(**inputs, **greedy, num_beams=3).shape == (2, 19)
+    assistant = moe_model(family, num_hidden_layers=1)
+    one = {name: value[1:] for name, value in inputs.items()}
+    assert torch.equal(model.generate(**one, **greedy, assistant_model=assistant), cached[1:])
+    static = model.generate(**inputs, **greedy, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, cached)
+
+
+@torch.no_grad()
+def test_attention_implementations_agree(family, batch):
+    model = moe_model(family)
+    model.set_attn_implementation("eager")
+    eager = model(**batch).logits
+    model.set_attn_implementation("sdpa")
+    kept = batch["attention_mask"].bool()
+    assert_close(model(**batch).logits[kept], eager[kept])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(family, batch, use_reentrant):
+    model = moe_model(family).train()
+    batch = {**batch, "output_router_logits": not use_reentrant}
+    model(**batch).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name])
+
+
+def test_balance_loss_without_gradient_is_refused(batch):
+    model = moe_model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(**batch, output_router_logits=True)
+
+
+@torch.no_grad()
+def test_saving_and_loading(family, batch, tmp_path):
+    model = moe_model(family, shared_expert_intermediate_size=40, use_shared_expert_gate=True)
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert_close(loaded(**batch).logits, expected, 1e-6)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], parameter)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    assert_close(placed(**batch).logits, expected, 1e-6)
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        device_map={"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+        | {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert_close(offloaded(**batch).logits, expected)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half(**batch).logits.dtype == torch.bfloat16
+    assert_close(half(**batch).logits, expected, 0.1)
+
+
+def test_meta_initialisation(family):
+    with torch.device("meta"):
+        model = getattr(hf_moe, f"Moe{FAMILIES[family]}ForCausalLM")(moe_config(family))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_fresh_weights_are_initialised(family):
+    torch.manual_seed(0)
+    model = getattr(hf_moe, f"Moe{FAMILIES[family]}ForCausalLM")(moe_config(family, hidden_size=64, initializer_range=0.3))
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "mlp.gate" in name:
+            assert 0.2 < parameter.std() < 0.4, name
+    assert len(set(model.state_dict()) - {"lm_head.weight"}) == len(model.state_dict()) - 1
+
+
+def test_tied_embeddings_and_resizing(family, batch, tmp_path):
+    model = moe_model(family, tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.resize_token_embeddings(101)
+    assert model(**batch).logits.shape[-1] == 101
+    model(**batch).loss.backward()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert_close(loaded(**batch).logits, model(**batch).logits, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_block_compiles_without_graph_break(implementation):
+    model = moe_model("llama", shared_expert_intermediate_size=40, use_shared_expert_gate=True)
+    model.set_experts_implementation(implementation)
+    block = model.model.layers[0].mlp
+    hidden_states = torch.randn(2, 5, 32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(hidden_states), block(hidden_states))
+    torch.compiler.reset()
+
+
+def test_forward_compiles(batch):
+    model = moe_model("llama")
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(compiled(**batch).logits, model(**batch).logits)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_classification_heads(family, batch, head):
+    model = moe_model(family, head, num_labels=3)
+    dense = copy.deepcopy(model)
+    labels = torch.tensor([0, 2]) if "Sequence" in head else batch["input_ids"] % 3
+    output = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+    assert output.logits.shape[-1] == 3
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    hidden_states = dense.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    expected = dense.score(hidden_states)
+    assert_close(output.logits, expected[:, -1] if "Sequence" in head else expected)
+
+
+def test_parallel_plans_are_those_of_the_native_classes(family):
+    ours, native = moe_model(family), native_twin(family)[0]
+    for plan in ("_tp_plan", "_ep_plan"):
+        expected = {name: style for name, style in getattr(native, plan).items() if "experts" in name}
+        assert expected.items() <= getattr(ours, plan).items()
+    assert ours._fsdp_plan == native._fsdp_plan
+    assert ours._no_split_modules == {f"{FAMILIES[family]}DecoderLayer"}
+
+
+REMOTE = """
+import json, sys
+sys.modules["hf_moe"] = None  # an import of hf_moe now fails
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+folder = sys.argv[1]
+ids = torch.tensor([[5, 6, 7, 8]])
+causal = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+assert causal.config._experts_implementation == "grouped_mm"
+assert not [name for name in sys.modules if name.startswith("hf_moe.")]
+with torch.no_grad():
+    print(json.dumps([causal(ids).logits.tolist(), base(ids).last_hidden_state.tolist(), classifier(ids).logits.shape]))
+causal.save_pretrained(sys.argv[2])
+"""
+
+
+@torch.no_grad()
+def test_loads_without_hf_moe(family, tmp_path):
+    model = moe_model(family, shared_expert_intermediate_size=40)
+    model.save_pretrained(tmp_path / "saved")
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "saved"), str(tmp_path / "again")]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    logits, hidden_states, _ = json.loads(run.stdout.splitlines()[-1])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert_close(torch.tensor(logits), model(ids).logits, 1e-6)
+    assert_close(torch.tensor(hidden_states), model.model(ids).last_hidden_state, 1e-6)
+    for folder in ("saved", "again"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert type(loaded) is type(model)
+        assert_close(loaded(ids).logits, model(ids).logits, 1e-6)
+        assert type(AutoModel.from_pretrained(tmp_path / folder)) is type(model.model)
+        assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / folder).model) is type(model.model)
+
+
+EXPERT_PARALLEL = """
+import os, sys, torch, torch.distributed as dist, hf_moe
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+rank = int(sys.argv[2])
+os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
+dist.init_process_group("gloo")
+config = DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="all_to_all")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=config)
+ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])[rank : rank + 1]
+with torch.no_grad():
+    torch.save(model(ids).logits, f"{sys.argv[1]}/logits{rank}.pt")
+assert model.model.layers[0].mlp.experts.gate_up_proj.to_local().shape[0] == 2
+dist.destroy_process_group()
+"""
+
+
+def test_expert_parallel_equals_one_process(tmp_path):
+    model = moe_model("llama", shared_expert_intermediate_size=40)
+    model.save_pretrained(tmp_path)
+    port = str(29500 + hash(str(tmp_path)) % 1000)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", EXPERT_PARALLEL, str(tmp_path), rank, port], stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    with torch.no_grad():
+        expected = model(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])).logits
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"logits{rank}.pt"), expected[rank : rank + 1])
+
+
+def test_randomize_covers_every_parameter():
+    model = moe_model("qwen2")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    randomize(model, seed=1)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of the routers."""
+
+import pytest
+import torch
+from conftest import moe_config
+
+from hf_moe.models.routers import ROUTERS, MoeRouter
+
+
+@pytest.mark.parametrize("router_type", sorted(ROUTERS))
+def test_contract(router_type):
+    config = moe_config("llama", router_type=router_type)
+    router = ROUTERS[router_type](config)
+    torch.nn.init.normal_(router.weight)
+    router.to(torch.bfloat16)
+    logits, weights, index = router(torch.randn(2, 5, 32, dtype=torch.bfloat16))
+    assert isinstance(router, MoeRouter)
+    assert logits.shape == (10, 4)
+    assert weights.shape == index.shape == (10, 2)
+    assert weights.dtype == torch.float32, "weights are rounded at the combine, not before"
+    assert not index.is_floating_point()
+    assert ((index >= 0) & (index <= 4)).all()
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_softmax_topk_in_closed_form(norm_topk_prob):
+    router = ROUTERS["softmax_topk"](moe_config("llama", norm_topk_prob=norm_topk_prob))
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[:, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    hidden_states = torch.zeros(1, 32)
+    hidden_states[0, 0] = 1.0
+    _, weights, index = router(hidden_states)
+    assert index.tolist() == [[3, 2]]
+    exponentials = torch.exp(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    expected = exponentials[[3, 2]] / (exponentials[[3, 2]].sum() if norm_topk_prob else exponentials.sum())
+    torch.testing.assert_close(weights[0], expected)
+
+
+def test_all_experts_chosen_is_the_soft_mixture():
+    router = ROUTERS["softmax_topk"](moe_config("llama", num_experts_per_tok=4, norm_topk_prob=False))
+    torch.nn.init.normal_(router.weight)
+    hidden_states = torch.randn(6, 32)
+    logits, weights, index = router(hidden_states)
+    torch.testing.assert_close(weights, logits.softmax(-1).gather(1, index))
