@@ -19,7 +19,9 @@ def inspect(
     output: Annotated[Path | None, typer.Option(help="JSON file for the full statistics.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to run in all.")] = 8192,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repo.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
+    ] = False,
 ) -> None:
     """Run text through a model and show the load of every layer's experts."""
     import torch

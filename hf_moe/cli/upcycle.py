@@ -95,7 +95,11 @@ def upcycle(
         model_type=report.model_type,
         exact=report.exact,
         max_relative_error=report.max_relative_error,
-        **({f"max_relative_error_{low_precision}": parity[low_precision].get("max_relative_error")} if low_precision else {}),
+        **(
+            {f"max_relative_error_{low_precision}": parity[low_precision].get("max_relative_error")}
+            if low_precision
+            else {}
+        ),
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
@@ -125,7 +129,7 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
 def _parse_layers(text: str) -> list[int]:
     """`[4, 6, 8, 9, 10, 11]` for `"4,6,8-11"`."""
     try:
-        layers = []
+        layers: list[int] = []
         for part in text.split(","):
             first, _, last = part.partition("-")
             layers += range(int(first), int(last or first) + 1)

@@ -16,9 +16,7 @@ PIPELINE_TAGS = {
 }
 
 
-def write_model_card(
-    folder: Path, provenance: dict[str, Any], parent_card: Path | None = None
-) -> None:
+def write_model_card(folder: Path, provenance: dict[str, Any], parent_card: Path | None = None) -> None:
     """
     Write `README.md` into the folder of an upcycled model.
 

@@ -42,7 +42,9 @@ class MoeLlamaForCausalLM(MoeForCausalLMMixin, MoeLlamaPreTrainedModel, LlamaFor
     model_class = MoeLlamaModel
 
 
-class MoeLlamaForSequenceClassification(MoeClassificationMixin, MoeLlamaPreTrainedModel, LlamaForSequenceClassification):
+class MoeLlamaForSequenceClassification(
+    MoeClassificationMixin, MoeLlamaPreTrainedModel, LlamaForSequenceClassification
+):
     """[`~transformers.LlamaForSequenceClassification`] with sparse layers."""
 
     model_class = MoeLlamaModel

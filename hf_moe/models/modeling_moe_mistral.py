@@ -13,7 +13,12 @@
 # limitations under the License.
 """Mistral with sparse layers."""
 
-from transformers import MistralForCausalLM, MistralForSequenceClassification, MistralForTokenClassification, MistralModel
+from transformers import (
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+)
 from transformers.models.mistral.modeling_mistral import MistralPreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -42,13 +47,17 @@ class MoeMistralForCausalLM(MoeForCausalLMMixin, MoeMistralPreTrainedModel, Mist
     model_class = MoeMistralModel
 
 
-class MoeMistralForSequenceClassification(MoeClassificationMixin, MoeMistralPreTrainedModel, MistralForSequenceClassification):
+class MoeMistralForSequenceClassification(
+    MoeClassificationMixin, MoeMistralPreTrainedModel, MistralForSequenceClassification
+):
     """[`~transformers.MistralForSequenceClassification`] with sparse layers."""
 
     model_class = MoeMistralModel
 
 
-class MoeMistralForTokenClassification(MoeClassificationMixin, MoeMistralPreTrainedModel, MistralForTokenClassification):
+class MoeMistralForTokenClassification(
+    MoeClassificationMixin, MoeMistralPreTrainedModel, MistralForTokenClassification
+):
     """[`~transformers.MistralForTokenClassification`] with sparse layers."""
 
     model_class = MoeMistralModel

@@ -42,7 +42,9 @@ class MoeQwen2ForCausalLM(MoeForCausalLMMixin, MoeQwen2PreTrainedModel, Qwen2For
     model_class = MoeQwen2Model
 
 
-class MoeQwen2ForSequenceClassification(MoeClassificationMixin, MoeQwen2PreTrainedModel, Qwen2ForSequenceClassification):
+class MoeQwen2ForSequenceClassification(
+    MoeClassificationMixin, MoeQwen2PreTrainedModel, Qwen2ForSequenceClassification
+):
     """[`~transformers.Qwen2ForSequenceClassification`] with sparse layers."""
 
     model_class = MoeQwen2Model

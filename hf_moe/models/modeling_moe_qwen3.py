@@ -42,7 +42,9 @@ class MoeQwen3ForCausalLM(MoeForCausalLMMixin, MoeQwen3PreTrainedModel, Qwen3For
     model_class = MoeQwen3Model
 
 
-class MoeQwen3ForSequenceClassification(MoeClassificationMixin, MoeQwen3PreTrainedModel, Qwen3ForSequenceClassification):
+class MoeQwen3ForSequenceClassification(
+    MoeClassificationMixin, MoeQwen3PreTrainedModel, Qwen3ForSequenceClassification
+):
     """[`~transformers.Qwen3ForSequenceClassification`] with sparse layers."""
 
     model_class = MoeQwen3Model

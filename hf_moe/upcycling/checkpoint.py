@@ -8,6 +8,7 @@ Tensors are read with plain reads, not mapped into memory, so that resident memo
 import functools
 import hashlib
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,7 +122,7 @@ class DenseCheckpoint:
             if index.exists():
                 return self._read_index(index)
             if (self.folder / single).exists():
-                return {name: self.folder / single for name in _names(self.folder / single)}
+                return dict.fromkeys(_names(self.folder / single), self.folder / single)
         raise UpcycleError(
             f"{self.source} holds no weights: expected one of {', '.join(WEIGHT_FILES)} or its .index.json. Weights in "
             "another format (GGUF, ...) must first be saved with `save_pretrained`."
@@ -146,7 +147,9 @@ class DenseCheckpoint:
         names_in = {shard: set(_names(self.folder / shard)) for shard in set(weight_map.values())}
         for name, shard in weight_map.items():
             if name not in names_in[shard]:
-                raise UpcycleError(f"{index.name} says that {shard!r} holds {name!r}, but it does not. Download it again.")
+                raise UpcycleError(
+                    f"{index.name} says that {shard!r} holds {name!r}, but it does not. Download it again."
+                )
         return {name: self.folder / shard for name, shard in weight_map.items()}
 
 
@@ -160,6 +163,8 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
     Raises:
         UpcycleError: if there is none, or if transformers does not know its model type.
     """
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise UpcycleError(f"The folder {source} has no config.json: it is no model saved with `save_pretrained`.")
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except OSError as error:
@@ -181,7 +186,9 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.bin", "*.bin.index.json"]))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        raise UpcycleError(f"{source!r} is neither a folder nor a model that can be had from the Hub: {error}") from error
+        raise UpcycleError(
+            f"{source!r} is neither a folder nor a model that can be had from the Hub: {error}"
+        ) from error
     return folder, folder.name
 
 
@@ -207,4 +214,10 @@ def _names(path: Path) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UpcycleError(
+            f"{path.name} holds more than tensors, which could run code when read, or is broken. Save the model as "
+            f"safetensors where you trust it. ({str(error).splitlines()[0]})"
+        ) from error

@@ -64,7 +64,9 @@ def plan_steps(
     family = find_family(dense_config)
     base = "" if find_head(dense_config) == "Model" else "model."
     layer_of = {
-        f"{base}layers.{index}.{projection}": index for index in plan.sparse_layers for projection in family.feed_forward
+        f"{base}layers.{index}.{projection}": index
+        for index in plan.sparse_layers
+        for projection in family.feed_forward
     }
     steps, seen = [], set()
     for name in names:
@@ -102,10 +104,12 @@ def _sparse_step(
         return sparse
 
     def shapes() -> dict[str, tuple[int, ...]]:
-        meta = FeedForward(*(torch.empty(dense.info[name][1], device="meta") for name in (gate_name, up_name, down_name)))
+        meta = FeedForward(
+            *(torch.empty(dense.info[name][1], device="meta") for name in (gate_name, up_name, down_name))
+        )
         sparse = build(meta)
         hidden_size = meta.gate_proj.shape[1]
-        table = {f"{block}.gate.weight": (recipe.num_experts, hidden_size)}
+        table: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (recipe.num_experts, hidden_size)}
         table.update(layout.shapes(layer, recipe.num_experts, sparse.expert(0)))
         if sparse.shared_expert is not None:
             for projection, tensor in zip(SHARED_EXPERT, sparse.shared_expert, strict=True):
@@ -150,7 +154,9 @@ def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig) -> list[st
                 "tie_word_embeddings to what the model was trained with."
             )
     unexpected = [
-        name for name in dense.info if name not in expected and name not in tied and not name.endswith("rotary_emb.inv_freq")
+        name
+        for name in dense.info
+        if name not in expected and name not in tied and not name.endswith("rotary_emb.inv_freq")
     ]
     if missing := [name for name in expected if name not in dense.info]:
         raise UpcycleError(

@@ -84,7 +84,8 @@ def measure_parity(
     for dtype in dict.fromkeys((torch.float32, weights_dtype)):
         name = str(dtype).removeprefix("torch.")
         with tqdm(
-            total=dense.config.num_hidden_layers + (dense.config.num_hidden_layers if whole_model else len(sparse_layers)),
+            total=dense.config.num_hidden_layers
+            + (dense.config.num_hidden_layers if whole_model else len(sparse_layers)),
             desc=f"Verifying in {name}",
             unit=" layers",
             disable=None if progress else True,
@@ -134,8 +135,11 @@ def _compare(
         expected = _output(dense_model(tokens))
         del dense_model
 
-        model = _streamed_model(result.model_class, result.config, _Tensors(result.checkpoint, dtype, result.layout.block), result.layout)
-        layers, errors = _layers(model), {}
+        model = _streamed_model(
+            result.model_class, result.config, _Tensors(result.checkpoint, dtype, result.layout.block), result.layout
+        )
+        layers = _layers(model)
+        errors: dict[str, float] = {}
         for index in sparse_layers:
             block_input, block_output = captured.pop(index)
             if whole_model:

@@ -16,7 +16,7 @@ from .. import __version__
 from ..hub.card import write_model_card
 from .checkpoint import DenseCheckpoint
 from .convert import DenseTensors, Step, plan_steps
-from .parity import Result, check_parity, measure_parity, summarize
+from .parity import FLOAT32_BOUND, Result, check_parity, measure_parity, summarize
 from .plan import UpcyclePlan, meta_model, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleError, UpcycleReport
 from .targets import dense_class, find_head, target_class
@@ -120,12 +120,12 @@ def upcycle(
     writer.journal.unlink()
     _publish(incomplete, output_dir)
 
-    error = None if parity is None else summarize(parity)
+    max_relative_error = None if parity is None else summarize(parity)
     return UpcycleReport(
         output_dir=output_dir,
         model_type=plan.model_type,
-        exact=error is not None and error <= 1e-5,
-        max_relative_error=error,
+        exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
+        max_relative_error=max_relative_error,
         parity=parity,
         num_parameters=plan.num_parameters,
         num_active_parameters=plan.num_active_parameters,

@@ -17,7 +17,6 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .convert import Step, TensorInfo
-from .layouts import Piece
 from .recipe import UpcycleError
 
 
@@ -84,7 +83,9 @@ class ShardWriter:
                 file, start = self.start[piece.name]
                 offset = piece.offset * piece.tensor.itemsize
                 if offset != written[piece.name]:
-                    raise RuntimeError(f"Pieces of {piece.name!r} must come in order: {offset} != {written[piece.name]}.")
+                    raise RuntimeError(
+                        f"Pieces of {piece.name!r} must come in order: {offset} != {written[piece.name]}."
+                    )
                 files[file].seek(start + offset)
                 _write_all(files[file], data)
                 checksums[piece.name] = zlib.crc32(data, checksums[piece.name])
@@ -92,7 +93,9 @@ class ShardWriter:
                 yield len(data)
         for name, count in written.items():
             if count != _num_bytes(self.tensors[name]):
-                raise RuntimeError(f"Step {step.name!r} made {count} bytes of {name!r}, not {_num_bytes(self.tensors[name])}.")
+                raise RuntimeError(
+                    f"Step {step.name!r} made {count} bytes of {name!r}, not {_num_bytes(self.tensors[name])}."
+                )
         with self.journal.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps({"step": step.name, "crc32": checksums}) + "\n")
 

@@ -80,7 +80,9 @@ def test_recorded_mixtral_block():
     with torch.no_grad():
         block.gate.weight.copy_(golden["w.gate.weight"])
         block.experts.gate_up_proj.copy_(
-            torch.stack([torch.cat([golden[f"w.experts.{e}.w1.weight"], golden[f"w.experts.{e}.w3.weight"]]) for e in experts])
+            torch.stack(
+                [torch.cat([golden[f"w.experts.{e}.w1.weight"], golden[f"w.experts.{e}.w3.weight"]]) for e in experts]
+            )
         )
         block.experts.down_proj.copy_(torch.stack([golden[f"w.experts.{e}.w2.weight"] for e in experts]))
         assert_close(block(golden["x"][None])[0], golden["y"], 1e-6)
@@ -213,7 +215,9 @@ def test_meta_initialisation(family):
 
 def test_fresh_weights_are_initialised(family):
     torch.manual_seed(0)
-    model = getattr(hf_moe, f"Moe{FAMILIES[family]}ForCausalLM")(moe_config(family, hidden_size=64, initializer_range=0.3))
+    model = getattr(hf_moe, f"Moe{FAMILIES[family]}ForCausalLM")(
+        moe_config(family, hidden_size=64, initializer_range=0.3)
+    )
     for name, parameter in model.named_parameters():
         if "experts" in name or "mlp.gate" in name:
             assert 0.2 < parameter.std() < 0.4, name

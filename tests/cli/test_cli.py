@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, run as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import dense_model, save_tokenizer
+
+from hf_moe import UpcycleConfig, plan_upcycle
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    dense_model("llama").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def hf_moe(*arguments, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from hf_moe.cli.main import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=None)
+
+
+def test_help_names_every_command():
+    run = hf_moe("--help")
+    assert run.returncode == 0
+    assert all(name in run.stdout for name in ("plan", "upcycle", "inspect"))
+
+
+def test_plan(dense):
+    run = hf_moe("plan", dense, "--num-experts", 4, "--layers", "0-1", "--json")
+    plan = json.loads(run.stdout)
+    expected = plan_upcycle(dense, UpcycleConfig(num_experts=4, layers=[0, 1]))
+    assert plan["num_parameters"] == expected.num_parameters
+    assert plan["model_type"] == "moe_llama"
+    assert plan["exact"] is True
+
+
+def test_upcycle_and_inspect(dense, tmp_path):
+    (tmp_path / "recipe.yml").write_text("num_experts: 6\nseed: 3\nmethod: residual\n")
+    run = hf_moe("upcycle", dense, tmp_path / "moe", "--recipe", tmp_path / "recipe.yml", "--method", "copy", "--json")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["exact"] is True
+    provenance = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())
+    recipe = provenance["recipe"]
+    assert (recipe["num_experts"], recipe["seed"], recipe["method"]) == (6, 3, "copy")
+
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 40)
+    run = hf_moe(
+        *("inspect", tmp_path / "moe", "--text", tmp_path / "text.txt", "--length", 64, "--json"),
+        *("--plot", tmp_path / "load.png", "--output", tmp_path / "statistics.json", "--max-tokens", 300),
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert [row["layer"] for row in rows] == [f"model.layers.{index}.mlp.gate" for index in range(3)]
+    assert (tmp_path / "load.png").stat().st_size > 1000
+    statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert statistics["layers"]["model.layers.0.mlp.gate"]["num_tokens"] == 300
+    assert "300 tokens" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "9"], "num_experts_per_tok"),
+        (["--method", "magic"], "copy"),
+        (["--layers", "a-b"], "4,6,8-11"),
+        (["--layers", "7"], "layers 0 to 2"),
+        (["--recipe", "missing.yml"], "missing.yml"),
+        (["--target", "native", "--method", "residual"], "shared expert"),
+    ],
+)
+def test_errors_are_one_message_without_traceback(dense, arguments, message):
+    run = hf_moe("plan", dense, *arguments)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_inspect_refuses_what_it_cannot_show(dense, tmp_path):
+    (tmp_path / "text.txt").write_text("hello")
+    run = hf_moe("inspect", dense, "--text", tmp_path / "text.txt")
+    assert run.returncode == 1
+    assert "declares no router" in run.stderr
+    (tmp_path / "text.txt").write_text("")
+    run = hf_moe("inspect", dense, "--text", tmp_path / "text.txt")
+    assert "no text" in run.stderr
+
+
+def test_recipe_file_with_a_typo_is_refused(dense, tmp_path):
+    (tmp_path / "recipe.yml").write_text("num_expert: 6\n")
+    run = hf_moe("plan", dense, "--recipe", tmp_path / "recipe.yml")
+    assert "num_expert" in run.stderr
+    assert "num_experts_per_tok" in run.stderr, "the fields that exist are listed"

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recorder's counts beside those of the routers' own outputs, on models of several kinds."""
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import TINY, moe_model, randomize
+
+from hf_moe import RoutingRecorder
+from hf_moe.training.recorder import find_routers
+
+
+def native(name: str) -> transformers.PreTrainedModel:
+    """A tiny native MoE of transformers."""
+    size = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    fields = {
+        "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "Qwen3Moe": {"num_experts": 4, "head_dim": 16, **size},
+        "DeepseekV3": {
+            **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **size},
+            **{
+                "num_key_value_heads": 4,
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 8,
+                "v_head_dim": 8,
+            },
+        },
+        "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        "Llama4": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
+    }[name]
+    config_name = "Llama4TextConfig" if name == "Llama4" else f"{name}Config"
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    config = getattr(transformers, config_name)(**{**TINY, **rope, **fields})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    randomize(model)
+    return model.eval()
+
+
+def counts_by_hand(model, batch) -> list[torch.Tensor]:
+    """Counts per layer from hooks of the test's own, padding left out."""
+    mask, counts = batch["attention_mask"].bool().reshape(-1), []
+
+    def hook(module, args, output):
+        index = next((tensor for tensor in output if not tensor.is_floating_point()), None)
+        if index is None:
+            index = output[1].topk(1, dim=-1).indices
+        counts.append(torch.bincount(index.reshape(len(mask), -1)[mask].reshape(-1), minlength=output[0].shape[-1]))
+
+    handles = [router.register_forward_hook(hook) for router, _ in find_routers(model).values()]
+    with torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+@pytest.mark.parametrize("name", ["ours", "Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Llama4"])
+def test_counts_on_any_model(name, batch):
+    model = moe_model("qwen2") if name == "ours" else native(name)
+    expected = counts_by_hand(model, batch)
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        model(batch["input_ids"], batch["attention_mask"])
+        model.model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    statistics = recorder.statistics()
+    assert len(statistics.layers) == len(expected) == (2 if name == "DeepseekV3" else 3)
+    for layer, counts in zip(statistics.layers.values(), expected, strict=True):
+        assert layer.counts.tolist() == (3 * counts).tolist()
+        assert layer.num_tokens == 3 * int(batch["attention_mask"].sum())
+    assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    model(batch["input_ids"])
+    assert recorder.statistics().to_dict() == statistics.to_dict()
+
+
+def test_padding_columns_with_a_cache(batch):
+    model = moe_model("llama")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with RoutingRecorder(model) as recorder:
+        model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    tokens = int(batch["attention_mask"].sum()) + 2 * 3
+    assert {layer.num_tokens for layer in recorder.statistics().layers.values()} == {tokens}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_is_not_counted_twice(batch, use_reentrant):
+    model = moe_model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    with RoutingRecorder(model) as recorder:
+        model(**batch).loss.backward()
+    for layer, counts in zip(recorder.statistics().layers.values(), counts_by_hand(model.eval(), batch), strict=True):
+        assert layer.counts.tolist() == counts.tolist()
+
+
+def test_inside_peft(batch):
+    model = moe_model("llama")
+    expected = counts_by_hand(model, batch)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with RoutingRecorder(wrapped) as recorder, torch.no_grad():
+        wrapped(**batch)
+    actual = [layer.counts.tolist() for layer in recorder.statistics().layers.values()]
+    assert actual == [counts.tolist() for counts in expected]
+
+
+def test_reset_and_exceptions(batch):
+    model = moe_model("llama")
+    recorder = RoutingRecorder(model)
+    with pytest.raises(ValueError, match="No router has run"):
+        recorder.statistics()
+    with pytest.raises(ValueError, match="exactly one"), recorder:
+        model(**batch) and model()
+    assert not any(module._forward_hooks for module in model.modules())
+    recorder.reset()
+    with pytest.raises(ValueError, match="No router has run"):
+        recorder.statistics()
+
+
+def test_a_failing_forward_leaves_no_mask_behind(batch):
+    model = moe_model("llama")
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        with pytest.raises(ValueError, match="exactly one"):
+            model(attention_mask=batch["attention_mask"])
+        model(batch["input_ids"])
+    assert recorder.statistics()["model.layers.0.mlp.gate"].num_tokens == batch["input_ids"].numel()
+
+
+def test_dense_model_is_refused():
+    with pytest.raises(ValueError, match="declares no router"):
+        RoutingRecorder(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)))
+
+
+DISTRIBUTED = """
+import os, sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+from hf_moe import RoutingRecorder
+rank = int(sys.argv[2])
+os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
+torch.distributed.init_process_group("gloo")
+model = DistributedDataParallel(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
+ids = torch.arange(5, 5 + 24).reshape(2, 12)[rank : rank + 1]
+with RoutingRecorder(model) as recorder:
+    model(ids, labels=ids).loss.backward()
+recorder.statistics(reduce_over_ranks=True).save(f"{sys.argv[1]}/statistics{rank}.json")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_reduction_over_ranks(tmp_path):
+    model = moe_model("llama")
+    model.save_pretrained(tmp_path)
+    port = str(30500 + hash(str(tmp_path)) % 1000)
+    ranks = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(tmp_path), rank, port]) for rank in ("0", "1")]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        model(torch.arange(5, 5 + 24).reshape(2, 12))
+    recorder.statistics().save(tmp_path / "expected.json")
+    expected = (tmp_path / "expected.json").read_text()
+    for rank in range(2):
+        assert (tmp_path / f"statistics{rank}.json").read_text().replace("module.", "") == expected

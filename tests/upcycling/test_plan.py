@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan beside the models it announces, and recipes as YAML."""
+
+import pytest
+import torch
+from conftest import dense_config, dense_model
+from huggingface_hub.errors import StrictDataclassError
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_moe import UpcycleConfig, plan_upcycle, upcycle_model
+from hf_moe.upcycling.recipe import UpcycleError
+
+
+def matrix_flops(model, tokens: int) -> int:
+    """Operations of linear layers, counted by torch while one sequence runs; attention scores are left out."""
+    model.set_attn_implementation("sdpa")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(3, 96, (1, tokens)))
+    by_operator = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in by_operator.items() if "attention" not in str(operator))
+
+
+@pytest.mark.parametrize("method", ["copy", "residual"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_plan_is_what_comes_true(family, method, tied):
+    recipe = UpcycleConfig(method=method, num_experts=6, num_experts_per_tok=2, layers=[0, 2])
+    dense = dense_model(family, tie_word_embeddings=tied)
+    plan = plan_upcycle(dense.config, recipe)
+    moe = upcycle_model(dense, recipe)
+    assert plan.architecture == type(moe).__name__
+    assert plan.num_parameters == moe.num_parameters()
+    assert plan.num_dense_parameters == dense.num_parameters()
+    assert plan.bytes == 4 * moe.num_parameters()
+    one_expert = sum(parameter[0].numel() for parameter in moe.model.layers[0].mlp.experts.parameters())
+    assert plan.num_active_parameters == moe.num_parameters() - 2 * 4 * one_expert
+    moe.set_experts_implementation("batched_mm")
+    assert plan.flops_per_token * 8 == matrix_flops(moe, 8)
+    assert plan.dense_flops_per_token * 8 == matrix_flops(dense, 8)
+
+
+def test_plan_needs_no_weights(tmp_path):
+    dense_config("llama").save_pretrained(tmp_path)
+    plan = plan_upcycle(tmp_path)
+    assert plan.model_type == "mixtral"
+    assert plan.to_dict()["sparse_layers"] == [0, 1, 2]
+
+
+def test_recipe_as_yaml(tmp_path):
+    recipe = UpcycleConfig(num_experts=16, layers=[1, 2], router_logit_std=0.5)
+    (tmp_path / "recipe.yml").write_text(recipe.to_yaml())
+    assert UpcycleConfig.from_yaml(tmp_path / "recipe.yml") == recipe
+    (tmp_path / "recipe.yml").write_text("- num_experts\n")
+    with pytest.raises(UpcycleError, match="mapping"):
+        UpcycleConfig.from_yaml(tmp_path / "recipe.yml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": 4, "num_experts_per_tok": 5}, "between 1 and `num_experts` \\(4\\), got 5"),
+        ({"num_experts": 1}, "at least 2"),
+        ({"method": "clone"}, "copy"),
+        ({"router_init": "zeros"}, "normal"),
+        ({"verify": True}, "verify"),
+        ({"layers": []}, "at least one layer"),
+        ({"layers": [1, 1]}, "each once"),
+        ({"router_logit_std": -1.0}, "must not be negative"),
+        ({"num_experts": "8"}, "num_experts"),
+    ],
+)
+def test_bad_recipes_are_refused(values, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        UpcycleConfig(**values)
+
+
+def test_layers_outside_the_model_are_refused():
+    with pytest.raises(UpcycleError, match=r"names \[3\], but the model has layers 0 to 2"):
+        plan_upcycle(dense_config("llama"), UpcycleConfig(layers=[1, 3]))
