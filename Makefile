@@ -25,7 +25,8 @@ $(MODEL)/config.json: $(INSTALLED)
 	$(BIN)/python examples/fetch_smollm2.py $(MODEL)
 
 demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-tune, look at the routing (minutes)
-	$(BIN)/python examples/demo.py $(MODEL) outputs/demo
+	$(BIN)/python examples/01_upcycle.py $(MODEL) outputs/demo/moe --num-experts 4 --top-k 2 --overwrite
+	$(BIN)/python examples/02_finetune_trainer.py $(MODEL) outputs/demo/moe outputs/demo
 
 test: $(INSTALLED) ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

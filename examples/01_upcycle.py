@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf-moe"]
+# ///
+"""
+Upcycle a dense model into a mixture of experts and prove that nothing was lost.
+
+    python examples/01_upcycle.py HuggingFaceTB/SmolLM2-135M-Instruct smollm2-moe --num-experts 4
+"""
+
+import argparse
+
+from hf_moe import UpcycleConfig, plan_upcycle, upcycle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="dense model: a folder or a Hub id")
+    parser.add_argument("output_dir")
+    parser.add_argument("--num-experts", type=int, default=4)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--overwrite", action="store_true")
+    arguments = parser.parse_args()
+
+    recipe = UpcycleConfig(num_experts=arguments.num_experts, num_experts_per_tok=arguments.top_k)
+
+    plan = plan_upcycle(arguments.source, recipe)  # reads the configuration only
+    print(f"{arguments.source} -> {plan.architecture}, exact: {plan.exact}")
+    print(f"parameters        {plan.num_dense_parameters:>13,} -> {plan.num_parameters:,}")
+    print(f"active per token  {plan.num_dense_parameters:>13,} -> {plan.num_active_parameters:,}")
+    print(f"FLOPs per token   {plan.dense_flops_per_token:>13,} -> {plan.flops_per_token:,}")
+
+    report = upcycle(arguments.source, arguments.output_dir, recipe, overwrite=arguments.overwrite)
+    print(f"wrote {report.bytes_written:,} bytes to {report.output_dir}")
+    for dtype, measured in report.parity.items():
+        if isinstance(measured, dict):
+            print(
+                f"computed in {dtype:<9} max|logit difference| / max|logit| = {measured['max_relative_error']:.1e}, "
+                f"same top token {measured['top1_agreement']:.1%}"
+            )
+
+
+if __name__ == "__main__":
+    main()
