@@ -76,9 +76,13 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
     count = arguments.steps * arguments.batch_size // len(DOMAINS)
-    train = [block for domain in DOMAINS for block in token_blocks(tokenizer, domain, "train", arguments.length, count)]
+    train = [
+        block for domain in DOMAINS for block in token_blocks(tokenizer, domain, "train", arguments.length, count)
+    ]
     dataset = Dataset.from_dict({"input_ids": train, "labels": train})
-    validation = {domain: token_blocks(tokenizer, domain, "validation", 256, arguments.eval_blocks) for domain in DOMAINS}
+    validation = {
+        domain: token_blocks(tokenizer, domain, "validation", 256, arguments.eval_blocks) for domain in DOMAINS
+    }
     text = [block for blocks in validation.values() for block in blocks]
 
     rows: list[list[str]] = []
@@ -110,7 +114,12 @@ def main() -> None:
     print(f"\n{arguments.steps} steps of {arguments.batch_size} x {arguments.length} tokens")
     for row in [header, *rows]:
         cells = [*row, *[""] * (len(header) - len(row))]
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))))
+        print(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            )
+        )
 
     finetuned = arguments.output_dir / "finetuned"
     moe.save_pretrained(finetuned)

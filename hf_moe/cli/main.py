@@ -8,6 +8,7 @@ from huggingface_hub import typer_factory
 from huggingface_hub.cli import out
 from huggingface_hub.errors import StrictDataclassError
 
+from .bench import bench
 from .inspect import inspect
 from .upcycle import plan, upcycle
 
@@ -23,6 +24,7 @@ app.command(
     ]
 )(upcycle)
 app.command(examples=["hf-moe inspect ./moe --text essay.txt --plot load.png"])(inspect)
+app.add_group(bench, name="bench")
 
 
 def main() -> None:

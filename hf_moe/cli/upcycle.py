@@ -22,6 +22,7 @@ LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert, e.g. 4,6
 NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weights by their sum (default yes).")]
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
+RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 VerifyOpt = Annotated[str | None, typer.Option(help="What to compare: full (default), layers or none.")]
 
 
@@ -34,11 +35,12 @@ def plan(
     target: TargetOpt = None,
     layers: LayersOpt = None,
     norm_topk_prob: NormTopKOpt = None,
+    revision: RevisionOpt = None,
 ) -> None:
     """Say what a conversion would give: class, exactness, parameters, bytes, FLOPs. Reads no weights."""
     from ..upcycling.plan import plan_upcycle
 
-    result = plan_upcycle(source, _recipe(recipe, locals()))
+    result = plan_upcycle(source, _recipe(recipe, locals()), revision=revision)
     out.result(
         f"{source} can become {result.architecture}",
         **{
@@ -71,7 +73,7 @@ def upcycle(
     router_logit_std: LogitStdOpt = None,
     seed: SeedOpt = None,
     verify: VerifyOpt = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    revision: RevisionOpt = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
 ) -> None:

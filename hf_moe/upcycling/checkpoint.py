@@ -14,7 +14,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -185,7 +190,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.bin", "*.bin.index.json"]))
-    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
         raise UpcycleError(
             f"{source!r} is neither a folder nor a model that can be had from the Hub: {error}"
         ) from error

@@ -71,19 +71,22 @@ class UpcyclePlan:
         return {name: value for name, value in vars(self).items() if name not in ("target", "config")}
 
 
-def plan_upcycle(source: str | Path | PreTrainedConfig, config: UpcycleConfig | None = None) -> UpcyclePlan:
+def plan_upcycle(
+    source: str | Path | PreTrainedConfig, config: UpcycleConfig | None = None, *, revision: str | None = None
+) -> UpcyclePlan:
     """
     Say what [`upcycle`] would do; reads the configuration of the source and no weights.
 
     Args:
         source (`str`, `Path` or `PreTrainedConfig`): The dense model: a folder, a Hub id, or its configuration.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub source.
 
     Raises:
         UpcycleError: if the conversion cannot be done.
     """
     recipe = config or UpcycleConfig()
-    dense_config = source if isinstance(source, PreTrainedConfig) else read_config(source)
+    dense_config = source if isinstance(source, PreTrainedConfig) else read_config(source, revision)
     find_family(dense_config)
     head = find_head(dense_config)
     hidden_size, intermediate_size = dense_config.hidden_size, dense_config.intermediate_size

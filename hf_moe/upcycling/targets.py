@@ -7,13 +7,13 @@ configuration over, or refuses with the name of the one it cannot carry.
 """
 
 import dataclasses
+import importlib
 from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models import modeling_moe_llama, modeling_moe_mistral, modeling_moe_qwen2, modeling_moe_qwen3
 from .families import FAMILIES, Family, Target
 from .methods import METHODS, FeedForward, SparseLayer
 from .recipe import UpcycleConfig, UpcycleError
@@ -69,11 +69,8 @@ def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def target_class(target: Target, head: str) -> type[PreTrainedModel]:
     """The model class of the result."""
-    if target.native:
-        return getattr(transformers, target.prefix + head)
-    modules = (modeling_moe_llama, modeling_moe_mistral, modeling_moe_qwen2, modeling_moe_qwen3)
-    (cls,) = [getattr(module, target.prefix + head) for module in modules if hasattr(module, target.prefix + head)]
-    return cls
+    modeling = importlib.import_module(target.config_class.__module__.replace(".configuration_", ".modeling_"))
+    return getattr(modeling, target.prefix + head)
 
 
 def choose_target(dense_config: PreTrainedConfig, recipe: UpcycleConfig, layer: SparseLayer) -> Target:

@@ -80,7 +80,7 @@ def upcycle(
     steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
     parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256()}
     weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
-    fingerprint = json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "parent": parent})
+    fingerprint = json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": parent["sha256"]})
 
     try:
         incomplete.mkdir(parents=True, exist_ok=True)
