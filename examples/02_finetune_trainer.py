@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("moe", help="what it was upcycled to")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--length", type=int, default=96, help="tokens per sequence")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--eval-blocks", type=int, default=8, help="validation blocks of 256 tokens per domain")
     arguments = parser.parse_args()

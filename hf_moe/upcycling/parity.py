@@ -130,7 +130,7 @@ def _compare(
         layer.mlp.register_forward_hook(
             lambda module, args, output, index=index: captured.__setitem__(index, (args[0], output))
         )
-        layer.register_forward_hook(lambda module, args, output: bar.update())
+        _advance_with(layer, bar)
     with torch.no_grad():
         expected = _output(dense_model(tokens))
         del dense_model
@@ -150,9 +150,16 @@ def _compare(
         measured: dict[str, Any] = {"layers": errors}
         if whole_model:
             for layer in layers:
-                layer.register_forward_hook(lambda module, args, output: bar.update())
+                _advance_with(layer, bar)
             measured |= _compare_outputs(_output(model(tokens)), expected)
     return measured
+
+
+def _advance_with(layer: torch.nn.Module, bar: tqdm) -> None:
+    def advance(module, args, output) -> None:
+        bar.update()  # must not be returned: it would take the place of the layer's output
+
+    layer.register_forward_hook(advance)
 
 
 def _compare_on_the_way(

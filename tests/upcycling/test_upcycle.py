@@ -326,6 +326,30 @@ def test_less_verification(verify, keys, tmp_path):
     assert report.exact == (keys is not None)
 
 
+def test_progress_bars_do_not_disturb_the_models(tmp_path, monkeypatch):
+    class Bar:
+        """As tqdm on a terminal: `update` returns True when it drew."""
+
+        def __init__(self, *arguments, total, **options):
+            self.left = total
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            assert self.left == 0
+
+        def update(self, count=1):
+            self.left -= count
+            return True
+
+    monkeypatch.setattr("hf_moe.upcycling.parity.tqdm", Bar)
+    monkeypatch.setattr("hf_moe.upcycling.upcycle.tqdm", Bar)
+    source = save_dense(tmp_path / "dense")
+    for verify in ("full", "layers"):
+        assert upcycle(source, tmp_path / verify, recipe(verify=verify, layers=[0, 2])).exact
+
+
 KILLED = """
 import os, signal, sys
 from hf_moe import UpcycleConfig, upcycle
