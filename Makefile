@@ -29,13 +29,13 @@ demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-t
 	$(BIN)/python examples/02_finetune_trainer.py $(MODEL) outputs/demo/moe outputs/demo
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2
 
-test-fast: $(INSTALLED) ## Run the tests until the first failure, those that failed last time first
-	$(BIN)/python -m pytest -n 2 --dist loadfile -x --failed-first
+test-fast: $(INSTALLED) ## Run the tests that start no other process, until the first failure
+	$(BIN)/python -m pytest -n 2 -x --failed-first -m 'not slow and not processes'
 
 test-slow: $(INSTALLED) $(MODEL)/config.json ## Run the slow tests, which need a real model
-	HF_MOE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -m slow
+	HF_MOE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -m slow -s
 
 quality: $(INSTALLED) ## Check style, types, model conventions and layering
 	$(BIN)/ruff check .

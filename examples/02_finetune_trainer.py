@@ -25,10 +25,10 @@ from hf_moe.plots import plot_load
 def perplexity(model, blocks: list[list[int]]) -> float:
     """Perplexity of the language model alone, without the load-balancing term."""
     model.eval()
-    batches = torch.tensor(blocks).split(4)
+    batches = torch.tensor(blocks)
     arguments = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     with torch.no_grad():
-        losses = [model(batch, labels=batch, **arguments).loss.item() for batch in batches]
+        losses = [model(batch, labels=batch, **arguments).loss.item() for batch in batches.to(model.device).split(4)]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -57,7 +57,7 @@ def finetune(model, dataset: Dataset, arguments: argparse.Namespace) -> float:
 def routing(model, blocks: list[list[int]]) -> hf_moe.RoutingStatistics:
     """Which experts serve the validation text."""
     with hf_moe.RoutingRecorder(model) as recorder, torch.no_grad():
-        for batch in torch.tensor(blocks).split(4):
+        for batch in torch.tensor(blocks).to(model.device).split(4):
             model(batch)
     return recorder.statistics()
 

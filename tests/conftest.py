@@ -11,6 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import logging  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -42,7 +43,8 @@ torch.set_num_threads(1)
 
 def called_by_us() -> bool:
     """Whether hf_moe's own code is among the callers."""
-    return any(os.sep + "hf_moe" + os.sep in frame.filename for frame in traceback.extract_stack())
+    package = str(Path(hf_moe.__file__).parent) + os.sep
+    return any(frame.filename.startswith(package) for frame in traceback.extract_stack())
 
 
 class DeprecationRecorder(logging.Handler):

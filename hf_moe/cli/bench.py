@@ -60,7 +60,6 @@ def _upcycle_commands(source: str, num_experts: int, folder: Path, peer: str | N
         "cp": ["cp", "-r", str(folder / "upcycle"), str(folder / "cp")],
     }
     if peer is not None:
-        # Relative, so that spaces in the way there don't matter to the shell split.
         filled = peer.format(
             source=shlex.quote(source), output=shlex.quote(str(folder / "peer")), num_experts=num_experts
         )
@@ -87,9 +86,9 @@ def _measure_in_turns(commands: dict[str, list[str]], folder: Path, num_experts:
         {
             "experts": num_experts,
             "command": name,
-            "median_s": round(statistics.median(values), 2),
-            "min_s": round(min(values), 2),
-            "max_s": round(max(values), 2),
+            "median_s": round(statistics.median(values), 3),
+            "min_s": round(min(values), 3),
+            "max_s": round(max(values), 3),
             "relative": round(statistics.median(values) / first, 2),
             # A child starts with the memory of its parent on its account, which is more than `cp` ever needs.
             "peak_mib": memory[name] // 1024 if name != "cp" else None,

@@ -11,6 +11,8 @@ from huggingface_hub.cli import out
 if TYPE_CHECKING:
     import torch
 
+    from ..training.statistics import LayerRouting
+
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Mixture of experts: a folder or a Hub id.")],
@@ -33,24 +35,17 @@ def inspect(
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     sequences = _sequences(tokenizer, text, max_tokens, length)
-    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code, dtype="auto").eval()
+    network = AutoModelForCausalLM.from_pretrained(
+        model, trust_remote_code=trust_remote_code, dtype="auto", device_map="auto"
+    )
     with RoutingRecorder(network) as recorder, torch.no_grad():
         for sequence in tqdm(sequences, desc="Routing", unit=" sequences", disable=True if out.is_quiet() else None):
-            network(sequence)
+            network(sequence.to(network.device), logits_to_keep=1)
     statistics = recorder.statistics()
-    out.table(
-        [
-            {
-                "layer": name,
-                "entropy": round(layer.entropy, 3),
-                "max_violation": round(layer.max_violation, 3),
-                "cv": round(layer.coefficient_of_variation, 3),
-                "dead": len(layer.dead_experts),
-                "load": " ".join(f"{share:.2f}" for share in layer.load.tolist()),
-            }
-            for name, layer in statistics.layers.items()
-        ]
-    )
+    if out.mode == "json":
+        out.dict(statistics.to_dict())
+    else:
+        out.table([_row(name, layer) for name, layer in statistics.layers.items()])
     mean = "  ".join(f"{name} {value:.3f}" for name, value in statistics.summary().items())
     out.log(f"{sum(sequence.numel() for sequence in sequences):,} tokens; mean over layers: {mean}")
     if output is not None:
@@ -59,6 +54,22 @@ def inspect(
     if plot is not None:
         plot_load(statistics, plot, title=f"{Path(model).name}: {', '.join(path.name for path in text)}")
         out.log(f"Wrote {plot}")
+
+
+def _row(name: str, layer: "LayerRouting") -> dict[str, str | int | float]:
+    load = layer.load.tolist()
+    row = {
+        "layer": name,
+        "entropy": round(layer.entropy, 3),
+        "max_violation": round(layer.max_violation, 3),
+        "cv": round(layer.coefficient_of_variation, 3),
+        "dead": len(layer.dead_experts),
+        "least": round(min(load), 3),
+        "most": round(max(load), 3),
+    }
+    if len(load) <= 8:
+        row["load"] = " ".join(f"{share:.2f}" for share in load)
+    return row
 
 
 def _sequences(tokenizer, paths: list[Path], max_tokens: int, length: int) -> "list[torch.Tensor]":

@@ -90,7 +90,7 @@ def upcycle(
         progress=not out.is_quiet(),
     )
     parity = report.parity or {}
-    low_precision = next((name for name in parity if name not in ("float32", "num_tokens", "text")), None)
+    low_precision = next((name for name in parity if name.endswith("float16")), None)
     out.result(
         f"Wrote {report.output_dir}",
         output_dir=str(report.output_dir),

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CardData, ModelCard, ModelCardData
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -16,17 +20,27 @@ PIPELINE_TAGS = {
 }
 
 
-def write_model_card(folder: Path, provenance: dict[str, Any], parent_card: Path | None = None) -> None:
+def read_parent_card(path: Path) -> CardData | None:
+    """The metadata of the dense model's card; None if there is no card, with a warning if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning(f"The metadata of {path} cannot be read; licence and languages are not taken over. ({error})")
+        return None
+
+
+def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: CardData | None = None) -> None:
     """
     Write `README.md` into the folder of an upcycled model.
 
     Args:
         folder (`Path`): The model's folder.
         provenance (`dict`): The content of its `hf_moe.json`.
-        parent_card (`Path`, *optional*): The card of the dense model, whose licence and languages are taken over.
+        parent_data (`CardData`, *optional*): Metadata of the dense model's card: licence and languages are taken over.
     """
     parent, result = provenance["parent"], provenance["result"]
-    parent_data = ModelCard.load(parent_card).data if parent_card is not None and parent_card.exists() else None
     data = ModelCardData(
         license=getattr(parent_data, "license", None),
         license_name=getattr(parent_data, "license_name", None),

@@ -26,10 +26,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .experts import MoeExperts, SharedExpert
 from .routers import ROUTERS, MoeRouter
+
+
+logger = logging.get_logger(__name__)
 
 
 class MoeSparseBlock(nn.Module):
@@ -91,6 +94,11 @@ class MoeModelMixin:
 
     def __init__(self, config):
         super().__init__(config)
+        if len(config.mlp_layer_types) != len(self.layers):
+            raise ValueError(
+                f"`mlp_layer_types` has {len(config.mlp_layer_types)} entries, but `num_hidden_layers` is {len(self.layers)}. "
+                "Change both together."
+            )
         for layer, layer_type in zip(self.layers, config.mlp_layer_types, strict=True):
             if layer_type == "sparse":
                 layer.mlp = MoeSparseBlock(config)
@@ -168,7 +176,7 @@ class MoeForCausalLMMixin:
                 _padding_mask(attention_mask, outputs.last_hidden_state),
             )
             if labels is not None:
-                if loss.requires_grad and not aux_loss.requires_grad and self.config.router_aux_loss_coef != 0:
+                if loss.requires_grad and not aux_loss.requires_grad and self._trains_a_router():
                     raise ValueError(
                         "The load-balancing loss has no gradient here, because reentrant gradient checkpointing runs the "
                         "layers without one. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`, or turn the "
@@ -186,9 +194,16 @@ class MoeForCausalLMMixin:
             router_logits=outputs.get("router_logits"),
         )
 
+    def _trains_a_router(self) -> bool:
+        return any(isinstance(module, MoeRouter) and module.weight.requires_grad for module in self.modules())
+
 
 class MoeClassificationMixin:
-    """A classification head over a MoE backbone; `model_class` is the backbone of the family."""
+    """
+    A classification head over a MoE backbone; `model_class` is the backbone of the family.
+
+    As in the native classes of transformers, the load-balancing loss is not part of a classifier's loss.
+    """
 
     model_class: type
 
@@ -196,6 +211,11 @@ class MoeClassificationMixin:
         # The generic heads of transformers look their backbone up in AutoModel, also where this file is remote code.
         AutoModel.register(type(config), self.model_class, exist_ok=True)
         super().__init__(config)
+        if config.output_router_logits:
+            logger.warning_once(
+                f"{type(self).__name__} ignores `output_router_logits`: only the causal language model adds the "
+                "load-balancing loss."
+            )
 
 
 def _padding_mask(attention_mask, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -54,12 +54,3 @@ class MoeLlamaForTokenClassification(MoeClassificationMixin, MoeLlamaPreTrainedM
     """[`~transformers.LlamaForTokenClassification`] with sparse layers."""
 
     model_class = MoeLlamaModel
-
-
-__all__ = [
-    "MoeLlamaForCausalLM",
-    "MoeLlamaForSequenceClassification",
-    "MoeLlamaForTokenClassification",
-    "MoeLlamaModel",
-    "MoeLlamaPreTrainedModel",
-]

@@ -61,12 +61,3 @@ class MoeMistralForTokenClassification(
     """[`~transformers.MistralForTokenClassification`] with sparse layers."""
 
     model_class = MoeMistralModel
-
-
-__all__ = [
-    "MoeMistralForCausalLM",
-    "MoeMistralForSequenceClassification",
-    "MoeMistralForTokenClassification",
-    "MoeMistralModel",
-    "MoeMistralPreTrainedModel",
-]

@@ -54,12 +54,3 @@ class MoeQwen2ForTokenClassification(MoeClassificationMixin, MoeQwen2PreTrainedM
     """[`~transformers.Qwen2ForTokenClassification`] with sparse layers."""
 
     model_class = MoeQwen2Model
-
-
-__all__ = [
-    "MoeQwen2ForCausalLM",
-    "MoeQwen2ForSequenceClassification",
-    "MoeQwen2ForTokenClassification",
-    "MoeQwen2Model",
-    "MoeQwen2PreTrainedModel",
-]

@@ -54,12 +54,3 @@ class MoeQwen3ForTokenClassification(MoeClassificationMixin, MoeQwen3PreTrainedM
     """[`~transformers.Qwen3ForTokenClassification`] with sparse layers."""
 
     model_class = MoeQwen3Model
-
-
-__all__ = [
-    "MoeQwen3ForCausalLM",
-    "MoeQwen3ForSequenceClassification",
-    "MoeQwen3ForTokenClassification",
-    "MoeQwen3Model",
-    "MoeQwen3PreTrainedModel",
-]

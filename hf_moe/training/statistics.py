@@ -32,7 +32,7 @@ class LayerRouting:
     def entropy(self) -> float:
         """Entropy of the load divided by its maximum: 1 if all experts serve alike, 0 if one serves all."""
         load = self.load
-        return float(torch.special.entr(load).sum()) / math.log(len(load))
+        return float(torch.special.entr(load).sum()) / math.log(len(load)) if len(load) > 1 else 1.0
 
     @property
     def max_violation(self) -> float:

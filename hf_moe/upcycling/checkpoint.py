@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Reading the dense checkpoint: `DenseCheckpoint` finds its files, checks them, and reads one tensor at a time.
+Reading checkpoints: `Checkpoint` finds the files of a model, checks them, and reads one tensor at a time.
 
 Tensors are read with plain reads, not mapped into memory, so that resident memory is what is in use.
 """
@@ -9,8 +9,11 @@ import functools
 import hashlib
 import json
 import pickle
+import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,7 +22,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -42,9 +47,9 @@ AUXILIARY_FILES = (
 )
 
 
-class DenseCheckpoint:
+class Checkpoint:
     """
-    A dense model on disk or on the Hub.
+    A model on disk or on the Hub: the dense source, or the result that is compared with it.
 
     Args:
         source (`str` or `Path`): A folder, or the id of a Hub repository, which is then downloaded.
@@ -68,9 +73,6 @@ class DenseCheckpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_of)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
 
     def read(self, name: str, check_finite: bool = True) -> torch.Tensor:
         """
@@ -103,12 +105,33 @@ class DenseCheckpoint:
         view = self._open(path).get_slice(name)
         return SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
 
-    def sha256(self) -> dict[str, str]:
+    def main_dtype(self) -> torch.dtype:
+        """The data type that most of the bytes have."""
+        sizes: Counter[torch.dtype] = Counter()
+        for name in self:
+            dtype, shape = self.dtype_and_shape(name)
+            sizes[dtype] += dtype.itemsize * torch.Size(shape).numel()
+        return sizes.most_common(1)[0][0]
+
+    def sha256(self, progress: bool = True) -> dict[str, str]:
         """Digest of every weight file."""
         digests = {}
-        for path in sorted(set(self.file_of.values())):
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        paths = sorted(set(self.file_of.values()))
+        with tqdm(
+            total=sum(path.stat().st_size for path in paths),
+            desc="Hashing the source",
+            unit="B",
+            unit_scale=True,
+            delay=2,
+            disable=None if progress else True,
+        ) as bar:
+            for path in paths:
+                digest = hashlib.sha256()
+                with path.open("rb") as file:
+                    while chunk := file.read(READ_CHUNK):
+                        digest.update(chunk)
+                        bar.update(len(chunk))
+                digests[path.name] = digest.hexdigest()
         return digests
 
     def _open(self, path: Path) -> safe_open:
@@ -135,8 +158,8 @@ class DenseCheckpoint:
 
     def _read_index(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise UpcycleError(f"{index.name} is no index of weight files ({error!r}). Download it again.") from error
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard or shard in ("", ".", ".."):
@@ -158,6 +181,7 @@ class DenseCheckpoint:
         return {name: self.folder / shard for name, shard in weight_map.items()}
 
 
+READ_CHUNK = 16 * 2**20
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -177,7 +201,7 @@ def read_config(source: str | Path, revision: str | None = None) -> PreTrainedCo
             f"No configuration at {source}: expected a folder with a config.json, or the id of a model on the Hub. "
             f"({error})"
         ) from error
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UpcycleError(f"transformers cannot read the configuration of {source}: {error}") from error
 
 
@@ -186,10 +210,12 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
     if Path(source).is_dir():
         return Path(source), None
     try:
-        patterns = ["config.json", "README.md", "*.safetensors", "*.safetensors.index.json", *AUXILIARY_FILES]
+        # No `*.safetensors`: `*` crosses folders, and repositories hold other formats of the same weights.
+        patterns = ["config.json", "README.md", "model*.safetensors", "model.safetensors.index.json", *AUXILIARY_FILES]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.bin", "*.bin.index.json"]))
+        if not (folder / WEIGHT_FILES[0]).exists() and not (folder / f"{WEIGHT_FILES[0]}.index.json").exists():
+            patterns = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError) as error:
         raise UpcycleError(
             f"{source!r} is neither a folder nor a model that can be had from the Hub: {error}"
@@ -199,17 +225,14 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _names(path: Path) -> list[str]:
     if path.suffix == ".bin":
-        return list(_load_bin(path))
+        types = {name: tensor.dtype for name, tensor in _load_bin(path).items()}
+        wrong = {name: dtype for name, dtype in types.items() if dtype not in SAFETENSORS_DTYPES.values()}
+        return _refuse_types(path, list(types), wrong)
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
-            names = list(file.keys())
-            for name in names:
-                if (dtype := file.get_slice(name).get_dtype()) not in SAFETENSORS_DTYPES:
-                    raise UpcycleError(
-                        f"{path.name}: tensor {name!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a "
-                        "quantized checkpoint must be dequantized first."
-                    )
-            return names
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        wrong = {name: dtype for name, dtype in types.items() if dtype not in SAFETENSORS_DTYPES}
+        return _refuse_types(path, list(types), wrong)
     except SafetensorError as error:
         raise UpcycleError(
             f"{path.name} is no complete safetensors file ({error}); a download or copy was probably cut short. Download "
@@ -217,12 +240,23 @@ def _names(path: Path) -> list[str]:
         ) from error
 
 
+def _refuse_types(path: Path, names: list[str], wrong: dict[str, Any]) -> list[str]:
+    """`names`, if none is of a wrong type."""
+    for name, dtype in wrong.items():
+        raise UpcycleError(
+            f"{path.name}: tensor {name!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a quantized "
+            "checkpoint must be dequantized first."
+        )
+    return names
+
+
 @functools.lru_cache(maxsize=1)
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+        # Files older than torch 1.6 are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UpcycleError(
-            f"{path.name} holds more than tensors, which could run code when read, or is broken. Save the model as "
-            f"safetensors where you trust it. ({str(error).splitlines()[0]})"
+            f"{path.name} is broken, or holds more than tensors, which could run code when read. Download it again, or save "
+            f"the model as safetensors where you trust it. ({str(error).splitlines()[0]})"
         ) from error

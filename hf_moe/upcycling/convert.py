@@ -15,13 +15,21 @@ from transformers import PreTrainedConfig
 from .families import Family
 from .layouts import FusedLayout, PerExpertLayout, Piece
 from .methods import FeedForward, SparseLayer
-from .plan import UpcyclePlan, dense_class, meta_model
+from .plan import UpcyclePlan, meta_model
 from .recipe import UpcycleConfig, UpcycleError
 from .router_init import ROUTER_INITIALIZERS, seeded_generator
-from .targets import build_sparse_layer, find_family, find_head
+from .targets import build_sparse_layer, dense_class, find_family, find_head
 
 
 TensorInfo = tuple[torch.dtype, tuple[int, ...]]
+
+
+def num_bytes(info: TensorInfo) -> int:
+    """Size of a tensor."""
+    dtype, shape = info
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
 SHARED_EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -35,7 +43,7 @@ class Step:
 
     @property
     def num_bytes(self) -> int:
-        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.tensors.values())
+        return sum(map(num_bytes, self.tensors.values()))
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,10 @@ def _sparse_step(
     gate_name, up_name, down_name = (layer + projection for projection in family.feed_forward)
     norm_name = layer + family.router_input_norm
     dtype = dense.info[gate_name][0]
+    if {dense.info[name][0] for name in (up_name, down_name)} != {dtype}:
+        raise UpcycleError(
+            f"{gate_name!r}, {up_name!r} and {down_name!r} are not of one data type. Save the dense model in one type first."
+        )
     block = layer + layout.block
 
     def build(feed_forward: FeedForward) -> SparseLayer:

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
-    LlamaConfig,
     MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
-    Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -68,7 +66,6 @@ class Family:
     A dense architecture.
 
     Args:
-        config_class (`type`): Its configuration.
         prefix (`str`): What the names of its model classes start with, e.g. `"Llama"`.
         target (`Target`): The class of hf_moe.
         native_targets (`tuple[Target, ...]`): Classes of transformers, best first.
@@ -76,7 +73,6 @@ class Family:
         router_input_norm (`str`): Name of the norm whose output the feed-forward sees.
     """
 
-    config_class: type[PreTrainedConfig]
     prefix: str
     target: Target
     native_targets: tuple[Target, ...]
@@ -85,7 +81,8 @@ class Family:
 
 
 def _own_target(config_class: type[PreTrainedConfig]) -> Target:
-    return Target(config_class, FusedLayout(), config_class.__name__.removesuffix("Config"))
+    prefix = config_class.__name__.removesuffix("Config")
+    return Target(config_class, FusedLayout(), prefix, extra_fields=("head_dim", "layer_types"))
 
 
 def _layer_types_refused(config: MistralConfig) -> str | None:
@@ -132,8 +129,8 @@ QWEN3_MOE = Target(
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LlamaConfig, "Llama", _own_target(MoeLlamaConfig), (MIXTRAL,)),
-    "mistral": Family(MistralConfig, "Mistral", _own_target(MoeMistralConfig), (MIXTRAL,)),
-    "qwen2": Family(Qwen2Config, "Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE,)),
-    "qwen3": Family(Qwen3Config, "Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE,)),
+    "llama": Family("Llama", _own_target(MoeLlamaConfig), (MIXTRAL,)),
+    "mistral": Family("Mistral", _own_target(MoeMistralConfig), (MIXTRAL,)),
+    "qwen2": Family("Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE,)),
+    "qwen3": Family("Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE,)),
 }

@@ -56,7 +56,9 @@ def upcycle_model(model: PreTrainedModel, config: UpcycleConfig | None = None) -
     dense = DenseTensors(info, state_dict.__getitem__)
 
     with no_init_weights(), torch.device(model.device):
-        result = target_class(plan.target, find_head(dense_config))._from_config(plan.config, dtype=model.dtype)
+        result = target_class(plan.target, find_head(dense_config))._from_config(
+            plan.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
     parameters = dict(result.named_parameters())
     for step in plan_steps(dense, dense_config, plan, recipe, FusedLayout()):
         for name, (dtype, _) in step.tensors.items():

@@ -58,6 +58,8 @@ def upcycling_method(
     """Enter the decorated function in `METHODS`; its arguments are the feed-forward, the recipe and the layer's index."""
 
     def register(build):
+        if name in METHODS:
+            raise ValueError(f"There is a method {name!r} already.")
         METHODS[name] = Method(name, paper, inexact_because, build)
         return build
 

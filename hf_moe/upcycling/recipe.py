@@ -88,8 +88,10 @@ class UpcycleConfig:
                 f"`num_experts_per_tok` (top-k) must lie between 1 and `num_experts` ({self.num_experts}), got "
                 f"{self.num_experts_per_tok}."
             )
-        if self.router_logit_std < 0:
-            raise ValueError(f"`router_logit_std` must not be negative, got {self.router_logit_std}.")
+        for field in ("router_logit_std", "router_aux_loss_coef"):
+            value = getattr(self, field)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"`{field}` must be a finite number and not negative, got {value}.")
         if self.layers is not None and (len(set(self.layers)) != len(self.layers) or not self.layers):
             raise ValueError(f"`layers` must name at least one layer, each once, got {self.layers}.")
 
@@ -101,11 +103,14 @@ class UpcycleConfig:
         Raises:
             UpcycleError: if the file is no mapping or names a field that does not exist.
         """
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise UpcycleError(f"{path} is no YAML: {error}") from error
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, dict):
             raise UpcycleError(f"{path} must hold a mapping from field names to values, got {type(values).__name__}.")
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := [name for name in values if name not in known]:
             raise UpcycleError(f"{path} names unknown fields {unknown}. A recipe may have {known}.")
         return cls(**values)
 

@@ -35,6 +35,8 @@ def router_initializer(name: str) -> Callable[[RouterInitializer], RouterInitial
     """
 
     def register(initializer: RouterInitializer) -> RouterInitializer:
+        if name in ROUTER_INITIALIZERS:
+            raise ValueError(f"There is a router initialiser {name!r} already.")
         ROUTER_INITIALIZERS[name] = initializer
         return initializer
 
@@ -49,9 +51,15 @@ def normal(norm_weight: torch.Tensor, config: "UpcycleConfig", layer_index: int)
     The router sees a normalised state times the norm's weight g, whose squared length is that of g in expectation, so
     rows of standard deviation `router_logit_std / |g|` give the logits asked for at every width and depth.
     """
-    scale = config.router_logit_std / norm_weight.float().norm()
+    # On the CPU and in fixed types, so that the result depends neither on the device nor on torch's defaults.
+    scale = config.router_logit_std / norm_weight.detach().cpu().double().norm().item()
     rows = [
-        torch.randn(norm_weight.shape[0], generator=seeded_generator(config.seed, layer_index, expert_index, "router"))
+        torch.randn(
+            norm_weight.shape[0],
+            generator=seeded_generator(config.seed, layer_index, expert_index, "router"),
+            dtype=torch.float32,
+            device="cpu",
+        )
         for expert_index in range(config.num_experts)
     ]
     return torch.stack(rows) * scale

@@ -90,7 +90,11 @@ def choose_target(dense_config: PreTrainedConfig, recipe: UpcycleConfig, layer: 
     for target in family.native_targets:
         reason = _refusal(target, dense_config, recipe, layer)
         if reason is None:
-            return target
+            try:
+                build_config(target, dense_config, recipe, layer)
+                return target
+            except UpcycleError as error:
+                reason = str(error)
         reasons.append(f"{target.prefix}: {reason}")
     if recipe.target == "native":
         raise UpcycleError(
@@ -109,14 +113,14 @@ def build_config(
         UpcycleError: if the class of the result does not accept it.
     """
     sparse_layers = find_sparse_layers(dense_config, recipe)
+    # A config.json may hold keys that its class does not declare and so ignores; the class of the result might not.
+    read = {field.name for field in dataclasses.fields(dense_config)} | set(target.extra_fields)
+    declared = {field.name for field in dataclasses.fields(target.config_class)} | set(target.extra_fields)
     values = {
         name: value
         for name, value in dense_config.to_dict().items()
-        if name not in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
+        if name in read and name in declared and name not in ("architectures", "transformers_version")
     }
-    if target.native:
-        declared = {field.name for field in dataclasses.fields(target.config_class)} | set(target.extra_fields)
-        values = {name: value for name, value in values.items() if name in declared}
     expert_size = layer.expert(0).gate_proj.shape[0]
     values.update(
         {

@@ -4,23 +4,25 @@
 import errno
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import tqdm
+from filelock import Timeout
+from huggingface_hub.utils import WeakFileLock, tqdm
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from .. import __version__
-from ..hub.card import write_model_card
-from .checkpoint import DenseCheckpoint
+from ..hub.card import read_parent_card, write_model_card
+from ..version import __version__
+from .checkpoint import Checkpoint
 from .convert import DenseTensors, Step, plan_steps
-from .parity import FLOAT32_BOUND, Result, check_parity, measure_parity, summarize
+from .parity import FLOAT32_BOUND, Result, Tokens, check_parity, measure_parity, sample_tokens, summarize
 from .plan import UpcyclePlan, meta_model, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleError, UpcycleReport
 from .targets import dense_class, find_head, target_class
-from .writer import ShardWriter
+from .writer import JOURNAL, ShardWriter
 
 
 def upcycle(
@@ -67,58 +69,52 @@ def upcycle(
     """
     started = time.perf_counter()
     recipe = config or UpcycleConfig()
-    checkpoint = DenseCheckpoint(source, revision)
-    plan = plan_upcycle(checkpoint.config, recipe)
-    output_dir = Path(output_dir)
+    # All that can be refused is refused before anything large is downloaded, read or written.
+    plan_upcycle(source, recipe, revision=revision)
+    output_dir = Path(output_dir).resolve()
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
-    _check_output(output_dir, checkpoint, overwrite)
-    if overwrite and incomplete.exists():
-        shutil.rmtree(incomplete)
-
-    info = {name: checkpoint.dtype_and_shape(name) for name in checkpoint}
-    dense = DenseTensors(info, checkpoint.read)
+    _check_output(output_dir, incomplete, source, overwrite)
+    checkpoint = Checkpoint(source, revision)
+    checkpoint.config.dtype = checkpoint.main_dtype()
+    plan = plan_upcycle(checkpoint.config, recipe)
+    dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
     steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
-    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256()}
-    weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
-    fingerprint = json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": parent["sha256"]})
+    parent_data = read_parent_card(checkpoint.folder / "README.md")
+    tokens = sample_tokens(checkpoint, recipe) if recipe.verify != "none" else None
+    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
 
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
     try:
-        incomplete.mkdir(parents=True, exist_ok=True)
-        writer = ShardWriter(incomplete, steps, max_shard_size, fingerprint)
-        _check_space(incomplete, writer.total_bytes, checkpoint)
-        _write_weights(writer, steps, progress)
-        _write_other_files(incomplete, checkpoint, plan)
+        with WeakFileLock(lock, timeout=0.1):
+            if overwrite and (incomplete / JOURNAL).exists():
+                shutil.rmtree(incomplete)
+            incomplete.mkdir(exist_ok=True)
+            writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, parent))
+            _check_space(incomplete, writer.total_bytes, checkpoint)
+            _write_weights(writer, steps, progress)
+            _write_other_files(incomplete, checkpoint, plan)
+            parity = None
+            if tokens is not None:
+                parity = _prove(checkpoint, incomplete, plan, recipe, tokens, writer, progress)
+            provenance = _provenance(recipe, plan, checkpoint, parent, parity)
+            text = json.dumps(provenance, indent=2, allow_nan=False)
+            (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
+            write_model_card(incomplete, provenance, parent_data)
+            _publish(incomplete, output_dir, overwrite)
+            lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise UpcycleError(
+            f"Another process is writing {output_dir}. Wait for it, or choose another folder."
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         raise UpcycleError(
-            f"Writing to {incomplete} failed: {error.strerror}. The conversion needs {plan.bytes:,} bytes. Make room and run "
-            "the same command again: it goes on where it stopped."
+            f"Writing to {incomplete} failed: {error.strerror}. The weights of the result take "
+            f"{sum(step.num_bytes for step in steps):,} bytes. Make room and run the same command again: it goes on where it "
+            "stopped."
         ) from error
-
-    parity = None
-    if recipe.verify != "none":
-        result = Result(
-            target_class(plan.target, find_head(checkpoint.config)),
-            plan.config,
-            plan.target.layout,
-            DenseCheckpoint(incomplete),
-        )
-        parity = measure_parity(
-            dense_class(checkpoint.config),
-            checkpoint,
-            result,
-            plan.sparse_layers,
-            whole_model=recipe.verify == "full",
-            progress=progress,
-        )
-        if plan.exact:
-            check_parity(parity, incomplete)
-    provenance = _provenance(recipe, plan, checkpoint, parent, parity)
-    (incomplete / "hf_moe.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-    write_model_card(incomplete, provenance, parent_card=checkpoint.folder / "README.md")
-    writer.journal.unlink()
-    _publish(incomplete, output_dir)
 
     max_relative_error = None if parity is None else summarize(parity)
     return UpcycleReport(
@@ -134,12 +130,19 @@ def upcycle(
     )
 
 
-def _check_output(output_dir: Path, checkpoint: DenseCheckpoint, overwrite: bool) -> None:
-    resolved, source = output_dir.resolve(), checkpoint.folder.resolve()
-    if resolved == source or source.is_relative_to(resolved):
-        raise UpcycleError(f"The output folder {output_dir} holds the source {checkpoint.source}. Choose another one.")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UpcycleError(f"{output_dir} exists and is no folder. Choose another output folder.")
+def _check_output(output_dir: Path, incomplete: Path, source: str | Path, overwrite: bool) -> None:
+    dense = Path(source).resolve()
+    for folder in (output_dir, incomplete):
+        if Path(source).is_dir() and dense.is_relative_to(folder):
+            raise UpcycleError(
+                f"{folder}, which would be written, holds the source {source}. Choose another output folder."
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UpcycleError(f"{folder} exists and is no folder. Choose another output folder.")
+    if output_dir.is_mount() or output_dir == output_dir.parent:
+        raise UpcycleError(
+            f"{output_dir} is a mount point, which cannot be put in place at once. Choose a folder inside it."
+        )
     if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
         raise UpcycleError(
             f"The output folder {output_dir} exists and is not empty. Choose another one, or pass overwrite=True "
@@ -147,7 +150,40 @@ def _check_output(output_dir: Path, checkpoint: DenseCheckpoint, overwrite: bool
         )
 
 
-def _check_space(folder: Path, needed: int, checkpoint: DenseCheckpoint) -> None:
+def _fingerprint(recipe: UpcycleConfig, parent: dict[str, Any]) -> str:
+    """What an interrupted conversion must share with the one that goes on with it."""
+    weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
+    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": parent["sha256"]})
+
+
+def _prove(
+    checkpoint: Checkpoint,
+    incomplete: Path,
+    plan: UpcyclePlan,
+    recipe: UpcycleConfig,
+    tokens: Tokens,
+    writer: ShardWriter,
+    progress: bool,
+) -> dict[str, Any]:
+    """Measure the parity of what was written; fail if the method is exact and the files are not."""
+    parity = measure_parity(
+        dense_class(checkpoint.config),
+        checkpoint,
+        Result(target_class(plan.target, find_head(checkpoint.config)), Checkpoint(incomplete), plan),
+        tokens,
+        whole_model=recipe.verify == "full",
+        progress=progress,
+    )
+    if plan.exact:
+        try:
+            check_parity(parity, incomplete)
+        except UpcycleError:
+            writer.journal.unlink()  # never go on from files that failed
+            raise
+    return parity
+
+
+def _check_space(folder: Path, needed: int, checkpoint: Checkpoint) -> None:
     there = sum(path.stat().st_size for path in folder.iterdir())
     free = shutil.disk_usage(folder).free
     if needed - there > free:
@@ -170,7 +206,7 @@ def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> No
     writer.write_index()
 
 
-def _write_other_files(folder: Path, checkpoint: DenseCheckpoint, plan: UpcyclePlan) -> None:
+def _write_other_files(folder: Path, checkpoint: Checkpoint, plan: UpcyclePlan) -> None:
     model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
     plan.config.architectures = [plan.architecture]
     if not plan.native:
@@ -186,7 +222,7 @@ def _write_other_files(folder: Path, checkpoint: DenseCheckpoint, plan: UpcycleP
 def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
-    checkpoint: DenseCheckpoint,
+    checkpoint: Checkpoint,
     parent: dict[str, Any],
     parity: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -209,14 +245,17 @@ def _provenance(
     }
 
 
-def _publish(incomplete: Path, output_dir: Path) -> None:
+def _publish(incomplete: Path, output_dir: Path, overwrite: bool) -> None:
     """Put the finished folder in its place; a folder that stood there goes only once the new one is in place."""
-    if not output_dir.exists():
-        incomplete.rename(output_dir)
-        return
-    replaced = output_dir.with_name(output_dir.name + ".replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    output_dir.rename(replaced)
+    replaced = None
+    if output_dir.exists() and any(output_dir.iterdir()):
+        if not overwrite:
+            raise UpcycleError(f"{output_dir} was filled meanwhile. The finished result is in {incomplete}.")
+        replaced = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.replaced-"))
+        output_dir.rename(replaced / output_dir.name)
+    elif output_dir.exists():
+        output_dir.rmdir()
     incomplete.rename(output_dir)
-    shutil.rmtree(replaced)
+    (output_dir / JOURNAL).unlink()
+    if replaced is not None:
+        shutil.rmtree(replaced)

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .convert import Step, TensorInfo
+from .checkpoint import READ_CHUNK, SAFETENSORS_DTYPES
+from .convert import Step, TensorInfo, num_bytes
 from .recipe import UpcycleError
 
 
 JOURNAL = ".upcycle-journal.jsonl"
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-READ_CHUNK = 16 * 2**20
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class ShardWriter:
@@ -45,12 +45,12 @@ class ShardWriter:
         self.tensors: dict[str, TensorInfo] = {name: info for step in steps for name, info in step.tensors.items()}
         split = split_state_dict_into_shards_factory(
             self.tensors,
-            get_storage_size=_num_bytes,
+            get_storage_size=num_bytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
         self.files = split.filename_to_tensors
-        self.total_bytes = sum(map(_num_bytes, self.tensors.values()))
+        self.total_bytes = sum(map(num_bytes, self.tensors.values()))
         headers = {file: self._header(names) for file, names in self.files.items()}
         self.start = {
             name: (file, start + len(headers[file]))
@@ -62,10 +62,15 @@ class ShardWriter:
         self.checksums: dict[str, dict[str, int]] = {}
         if self.journal.exists():
             self._read_journal(fingerprint)
+        elif any(folder.iterdir()):
+            raise UpcycleError(
+                f"{folder} exists, is not empty, and holds no conversion that could go on. Delete it, or choose another output "
+                "folder."
+            )
         else:
-            for file, header in headers.items():
-                (folder / file).write_bytes(header)
             self.journal.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+        for file, header in headers.items():
+            self._ensure_header(folder / file, header)
 
     def is_done(self, step: Step) -> bool:
         """Whether the journal names the step and the bytes on disk are still those it wrote."""
@@ -77,7 +82,10 @@ class ShardWriter:
         """Write a step, yielding the number of bytes after each piece, and enter it in the journal."""
         checksums, written = dict.fromkeys(step.tensors, 0), dict.fromkeys(step.tensors, 0)
         with contextlib.ExitStack() as stack:
-            files = {file: stack.enter_context((self.folder / file).open("r+b", buffering=0)) for file in self.files}
+            files = {
+                file: stack.enter_context((self.folder / file).open("r+b", buffering=0))
+                for file in {self.start[name][0] for name in step.tensors}
+            }
             for piece in step.pieces():
                 data = _bytes_of(piece.tensor, self.tensors[piece.name][0])
                 file, start = self.start[piece.name]
@@ -92,9 +100,9 @@ class ShardWriter:
                 written[piece.name] += len(data)
                 yield len(data)
         for name, count in written.items():
-            if count != _num_bytes(self.tensors[name]):
+            if count != num_bytes(self.tensors[name]):
                 raise RuntimeError(
-                    f"Step {step.name!r} made {count} bytes of {name!r}, not {_num_bytes(self.tensors[name])}."
+                    f"Step {step.name!r} made {count} bytes of {name!r}, not {num_bytes(self.tensors[name])}."
                 )
         with self.journal.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps({"step": step.name, "crc32": checksums}) + "\n")
@@ -107,9 +115,16 @@ class ShardWriter:
             path = self.folder / "model.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+    def _ensure_header(self, path: Path, header: bytes) -> None:
+        if path.exists():
+            with path.open("rb") as file:
+                if file.read(len(header)) == header:
+                    return
+        path.write_bytes(header)
+
     def _checksum_on_disk(self, name: str) -> int:
         file, start = self.start[name]
-        left, crc = _num_bytes(self.tensors[name]), 0
+        left, crc = num_bytes(self.tensors[name]), 0
         with (self.folder / file).open("rb", buffering=0) as stream:
             stream.seek(start)
             while left and (chunk := stream.read(min(READ_CHUNK, left))):
@@ -122,8 +137,8 @@ class ShardWriter:
         entries = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last line short
         if not entries or entries[0].get("fingerprint") != fingerprint:
             raise UpcycleError(
-                f"{self.folder} holds an interrupted conversion of another model, or with another recipe. Delete it, choose "
-                "another output folder, or pass overwrite=True (--overwrite)."
+                f"{self.folder} holds an interrupted conversion of another model, or with another recipe. Pass "
+                "overwrite=True (--overwrite) to throw it away, or choose another output folder."
             )
         if len(entries) < len(lines):
             self.journal.write_text("".join(lines[:-1]), encoding="utf-8")
@@ -133,23 +148,18 @@ class ShardWriter:
         start = 0
         for name in names:
             yield name, start
-            start += _num_bytes(self.tensors[name])
+            start += num_bytes(self.tensors[name])
 
     def _header(self, names: list[str]) -> bytes:
         """The head of a safetensors file: length, JSON, spaces up to a multiple of 8."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         for name, start in self._starts(names):
             dtype, shape = self.tensors[name]
-            end = start + _num_bytes(self.tensors[name])
+            end = start + num_bytes(self.tensors[name])
             entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
-
-
-def _num_bytes(info: TensorInfo) -> int:
-    dtype, shape = info
-    return dtype.itemsize * torch.Size(shape).numel()
 
 
 def _write_all(file: io.FileIO, data: memoryview) -> None:

@@ -11,6 +11,9 @@ from conftest import dense_model, save_tokenizer
 from hf_moe import UpcycleConfig, plan_upcycle
 
 
+pytestmark = pytest.mark.processes
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
@@ -19,9 +22,9 @@ def dense(tmp_path_factory):
     return folder
 
 
-def hf_moe(*arguments, **environment) -> subprocess.CompletedProcess:
+def hf_moe(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from hf_moe.cli.main import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=None)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_help_names_every_command():
@@ -55,10 +58,11 @@ def test_upcycle_and_inspect(dense, tmp_path):
         *("--plot", tmp_path / "load.png", "--output", tmp_path / "statistics.json", "--max-tokens", 300),
     )
     assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
-    assert [row["layer"] for row in rows] == [f"model.layers.{index}.mlp.gate" for index in range(3)]
+    printed = json.loads(run.stdout)
+    assert list(printed["layers"]) == [f"model.layers.{index}.mlp.gate" for index in range(3)]
     assert (tmp_path / "load.png").stat().st_size > 1000
     statistics = json.loads((tmp_path / "statistics.json").read_text())
+    assert statistics == printed
     assert statistics["layers"]["model.layers.0.mlp.gate"]["num_tokens"] == 300
     assert "300 tokens" in run.stderr
 
@@ -96,3 +100,19 @@ def test_recipe_file_with_a_typo_is_refused(dense, tmp_path):
     run = hf_moe("plan", dense, "--recipe", tmp_path / "recipe.yml")
     assert "num_expert" in run.stderr
     assert "num_experts_per_tok" in run.stderr, "the fields that exist are listed"
+
+
+def test_bench(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = hf_moe(
+        "bench", "upcycle", dense, "--num-experts", 4, "--runs", 1, "--peer", "cp -r {source} {output}", "--json"
+    )
+    assert run.returncode == 0, run.stderr
+    rows = {row["command"]: row for row in json.loads(run.stdout)}
+    assert list(rows) == ["upcycle", "upcycle, no proof", "cp", "peer"]
+    assert rows["upcycle"]["relative"] == 1.0
+    assert rows["upcycle"]["peak_mib"] > 100
+    assert all(row["median_s"] > 0 for row in rows.values())
+    assert list(tmp_path.iterdir()) == []
+    run = hf_moe("bench", "upcycle", dense, "--runs", 1, "--peer", "false", "--num-experts", 4)
+    assert "`false` ended with 1" in run.stderr

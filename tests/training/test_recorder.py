@@ -11,7 +11,6 @@ import transformers
 from conftest import TINY, moe_model, randomize
 
 from hf_moe import RoutingRecorder
-from hf_moe.training.recorder import find_routers
 
 
 def native(name: str) -> transformers.PreTrainedModel:
@@ -32,6 +31,7 @@ def native(name: str) -> transformers.PreTrainedModel:
             },
         },
         "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        "MiniMax": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
         "Llama4": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
     }[name]
     config_name = "Llama4TextConfig" if name == "Llama4" else f"{name}Config"
@@ -43,16 +43,17 @@ def native(name: str) -> transformers.PreTrainedModel:
 
 
 def counts_by_hand(model, batch) -> list[torch.Tensor]:
-    """Counts per layer from hooks of the test's own, padding left out."""
+    """Counts per layer from what the experts are asked to do, padding left out."""
     mask, counts = batch["attention_mask"].bool().reshape(-1), []
 
-    def hook(module, args, output):
-        index = next((tensor for tensor in output if not tensor.is_floating_point()), None)
-        if index is None:
-            index = output[1].topk(1, dim=-1).indices
-        counts.append(torch.bincount(index.reshape(len(mask), -1)[mask].reshape(-1), minlength=output[0].shape[-1]))
+    def hook(module, args):
+        index = args[1].reshape(len(mask), -1)[mask]
+        counts.append(torch.bincount(index.reshape(-1), minlength=module.num_experts))
 
-    handles = [router.register_forward_hook(hook) for router, _ in find_routers(model).values()]
+    experts = [
+        module for module in model.modules() if hasattr(module, "gate_up_proj") and hasattr(module, "num_experts")
+    ]
+    handles = [module.register_forward_pre_hook(hook) for module in experts]
     with torch.no_grad():
         model(batch["input_ids"], attention_mask=batch["attention_mask"])
     for handle in handles:
@@ -60,7 +61,7 @@ def counts_by_hand(model, batch) -> list[torch.Tensor]:
     return counts
 
 
-@pytest.mark.parametrize("name", ["ours", "Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "Llama4"])
+@pytest.mark.parametrize("name", ["ours", "Mixtral", "Qwen3Moe", "DeepseekV3", "GptOss", "MiniMax"])
 def test_counts_on_any_model(name, batch):
     model = moe_model("qwen2") if name == "ours" else native(name)
     expected = counts_by_hand(model, batch)
@@ -77,6 +78,38 @@ def test_counts_on_any_model(name, batch):
     assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
     model(batch["input_ids"])
     assert recorder.statistics().to_dict() == statistics.to_dict()
+
+
+def test_router_that_hides_its_choice(batch):
+    # Llama 4 returns scores and logits only; its block masks all but the largest.
+    model = native("Llama4")
+    chosen = []
+    for layer in model.model.layers:
+        layer.feed_forward.router.register_forward_hook(lambda module, args, output: chosen.append(output[0] > 0))
+    wrapped = torch.nn.ModuleDict({"inner": model})
+    with RoutingRecorder(wrapped) as recorder, torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    mask = batch["attention_mask"].bool().reshape(-1)
+    for layer, scores in zip(recorder.statistics().layers.values(), chosen, strict=True):
+        assert layer.counts.tolist() == scores[mask].sum(0).tolist()
+
+
+def test_router_whose_choice_is_unknown_is_refused(batch):
+    # Switch returns a one-hot mask over the experts where others return indices, and its configuration names no top-k.
+    size = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_experts": 4,
+    }
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 0, "expert_capacity": 64, "vocab_size": 96}
+    config = transformers.SwitchTransformersConfig(**size, **sparse, pad_token_id=0, decoder_start_token_id=0)
+    model = transformers.SwitchTransformersEncoderModel(config).eval()
+    with RoutingRecorder(model), pytest.raises(ValueError, match="SwitchTransformersTop1Router does not say which"):
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def test_padding_columns_with_a_cache(batch):
@@ -116,6 +149,8 @@ def test_reset_and_exceptions(batch):
         recorder.statistics()
     with pytest.raises(ValueError, match="exactly one"), recorder:
         model(**batch) and model()
+    with recorder, pytest.raises(RuntimeError, match="recording already"):
+        recorder.__enter__()
     assert not any(module._forward_hooks for module in model.modules())
     recorder.reset()
     with pytest.raises(ValueError, match="No router has run"):
@@ -137,13 +172,12 @@ def test_dense_model_is_refused():
 
 
 DISTRIBUTED = """
-import os, sys, torch
+import sys, torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from hf_moe import RoutingRecorder
 rank = int(sys.argv[2])
-os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=rank, world_size=2)
 model = DistributedDataParallel(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
 ids = torch.arange(5, 5 + 24).reshape(2, 12)[rank : rank + 1]
 with RoutingRecorder(model) as recorder:
@@ -153,11 +187,11 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.processes
 def test_reduction_over_ranks(tmp_path):
     model = moe_model("llama")
     model.save_pretrained(tmp_path)
-    port = str(30500 + hash(str(tmp_path)) % 1000)
-    ranks = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(tmp_path), rank, port]) for rank in ("0", "1")]
+    ranks = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(tmp_path), rank]) for rank in ("0", "1")]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     with RoutingRecorder(model) as recorder, torch.no_grad():
         model(torch.arange(5, 5 + 24).reshape(2, 12))

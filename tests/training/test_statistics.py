@@ -34,6 +34,11 @@ def test_uneven_layer():
     assert layer.coefficient_of_variation == pytest.approx(0.5)
 
 
+def test_single_expert():
+    layer = LayerRouting(torch.tensor([7]), 7)
+    assert (layer.entropy, layer.max_violation, layer.coefficient_of_variation) == (1.0, 0.0, 0.0)
+
+
 def test_summary_and_round_trip(tmp_path):
     statistics = RoutingStatistics(
         {"a": LayerRouting(torch.tensor([5, 5]), 5), "b": LayerRouting(torch.tensor([0, 8, 0, 0]), 8)}

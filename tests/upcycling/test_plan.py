@@ -52,6 +52,9 @@ def test_recipe_as_yaml(tmp_path):
     (tmp_path / "recipe.yml").write_text("- num_experts\n")
     with pytest.raises(UpcycleError, match="mapping"):
         UpcycleConfig.from_yaml(tmp_path / "recipe.yml")
+    (tmp_path / "recipe.yml").write_text("num_experts: [4\n")
+    with pytest.raises(UpcycleError, match="is no YAML"):
+        UpcycleConfig.from_yaml(tmp_path / "recipe.yml")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,9 @@ def test_recipe_as_yaml(tmp_path):
         ({"verify": True}, "verify"),
         ({"layers": []}, "at least one layer"),
         ({"layers": [1, 1]}, "each once"),
-        ({"router_logit_std": -1.0}, "must not be negative"),
+        ({"router_logit_std": -1.0}, "finite number and not negative"),
+        ({"router_logit_std": float("nan")}, "finite number"),
+        ({"router_aux_loss_coef": -0.1}, "finite number"),
         ({"num_experts": "8"}, "num_experts"),
     ],
 )

@@ -13,10 +13,13 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, assert_close, cast, dense_config, dense_model, moe_model, randomize, save_tokenizer
+from huggingface_hub.utils import WeakFileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
+from hf_moe.upcycling import methods, parity
+from hf_moe.upcycling.checkpoint import read_config
 from hf_moe.upcycling.recipe import UpcycleError
 
 
@@ -124,7 +127,8 @@ def test_in_memory_equals_streamed(family, method, target, tmp_path):
     dense = dense_model(family, dtype=torch.bfloat16)
     dense.save_pretrained(tmp_path / "dense")
     upcycle(tmp_path / "dense", tmp_path / "moe", recipe(method=method, target=target))
-    moe, before = upcycle_model(dense, recipe(method=method, target=target)), dict(dense.state_dict())
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    moe = upcycle_model(dense, recipe(method=method, target=target))
     streamed = load(tmp_path / "moe", dtype="auto")
     assert type(moe) is type(streamed)
     assert moe.state_dict().keys() == streamed.state_dict().keys()
@@ -251,6 +255,7 @@ FIELDS = [
     ("llama", {"head_dim": 24}, "mixtral"),
     ("llama", {"hidden_act": "gelu"}, "mixtral"),
     ("llama", {"attention_bias": True}, "moe_llama"),
+    ("llama", {"attention_dropout": None, "rms_norm_eps": 1e-2}, "moe_llama"),
     ("mistral", {"sliding_window": 8}, "mixtral"),
     ("mistral", {"sliding_window": None}, "mixtral"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "qwen2_moe"),
@@ -273,6 +278,19 @@ def test_every_field_arrives(family, values, expected, tmp_path):
         assert report.exact
         assert_close(load(tmp_path / target)(ids()).logits, dense_logits)
         assert report.model_type == (expected if target == "auto" else f"moe_{family}")
+
+
+@torch.no_grad()
+def test_keys_that_the_dense_class_ignores_do_not_wake_up(tmp_path):
+    # Llama has no window; Mixtral would obey this one.
+    source = save_dense(tmp_path / "dense", sliding_window=8, router_jitter_noise=0.5, num_experts_per_tok=1)
+    assert "sliding_window" in (source / "config.json").read_text()
+    for target in ("native", "hf_moe"):
+        upcycle(source, tmp_path / target, recipe(target=target))
+        model = load(tmp_path / target)
+        assert_close(model(ids()).logits, load(source)(ids()).logits)
+        assert model.config.router_jitter_noise == 0.0
+        assert model.config.num_experts_per_tok == 2
 
 
 @pytest.mark.parametrize(
@@ -303,20 +321,37 @@ def test_inexact_recipe_is_measured_and_not_refused(tmp_path):
     assert not plan_upcycle(tmp_path / "dense", recipe(norm_topk_prob=False)).exact
 
 
-def test_broken_conversion_fails_the_proof(tmp_path, monkeypatch):
-    from hf_moe.upcycling import methods
+@pytest.mark.parametrize("verify", ["full", "layers"])
+def test_one_broken_expert_fails_the_proof(verify, tmp_path, monkeypatch):
+    def build(dense, config, layer_index):
+        spoiled = dense._replace(up_proj=dense.up_proj * 1.001)
+        return methods.SparseLayer(expert=lambda index: spoiled if (layer_index, index) == (1, 41) else dense)
 
     exact = methods.METHODS["copy"]
-    broken = methods.Method(
-        exact.name,
-        exact.paper,
-        exact.inexact_because,
-        lambda dense, *_: methods.SparseLayer(expert=lambda index: dense._replace(up_proj=dense.up_proj * 1.001)),
-    )
-    monkeypatch.setitem(methods.METHODS, "copy", broken)
-    with pytest.raises(UpcycleError, match="does not compute what the dense model computes"):
-        upcycle(save_dense(tmp_path / "dense"), tmp_path / "moe", recipe())
-    assert not (tmp_path / "moe").exists()
+    monkeypatch.setitem(methods.METHODS, "copy", methods.Method("copy", exact.paper, exact.inexact_because, build))
+    source = save_dense(tmp_path / "dense")
+    for _ in range(2):
+        with pytest.raises(UpcycleError, match="does not compute what the dense model computes"):
+            upcycle(source, tmp_path / "moe", recipe(num_experts=64, num_experts_per_tok=1, verify=verify))
+        assert not (tmp_path / "moe").exists()
+        with pytest.raises(UpcycleError, match="no conversion that could go on"):
+            upcycle(source, tmp_path / "moe", recipe(num_experts=64, num_experts_per_tok=1, verify=verify))
+        shutil.rmtree(tmp_path / "moe.incomplete")
+
+
+def test_errors_that_are_not_finite_count():
+    assert parity._relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert parity._relative_error(torch.ones(2), torch.zeros(2)) == float("inf")
+    assert parity._relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    measured = {"float32": {"layers": {"0": 0.0, "1": float("inf"), "2": 0.0}, "max_relative_error": 0.0}}
+    with pytest.raises(UpcycleError, match="relative difference is inf"):
+        parity.check_parity(measured, Path("moe.incomplete"))
+
+
+def test_silent_feed_forward_is_exact(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    corrupt(source / "model.safetensors", "model.layers.1.mlp.down_proj.weight", torch.zeros(32, 48))
+    assert upcycle(source, tmp_path / "moe", recipe(verify="layers")).max_relative_error < 1e-6
 
 
 @pytest.mark.parametrize(("verify", "keys"), [("none", None), ("layers", {"layers"})])
@@ -447,6 +482,60 @@ def test_existing_output_is_not_touched_without_overwrite(tmp_path):
     assert load(source)
 
 
+def test_neighbouring_folders_are_safe(tmp_path):
+    source = save_dense(tmp_path / "moe.incomplete")
+    before = (source / "model.safetensors").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UpcycleError, match="holds the source"):
+            upcycle(source, tmp_path / "moe", recipe(), overwrite=overwrite)
+    assert (source / "model.safetensors").read_bytes() == before
+    other = save_dense(tmp_path / "dense")
+    for overwrite in (False, True):
+        with pytest.raises(UpcycleError, match="no conversion that could go on"):
+            upcycle(other, tmp_path / "moe", recipe(), overwrite=overwrite)
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_output_by_another_name(tmp_path, monkeypatch):
+    source = save_dense(tmp_path / "dense")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    upcycle(source, tmp_path / "link", recipe())
+    upcycle(source, tmp_path / "link", recipe(), overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert load(tmp_path / "real")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert upcycle(source, ".", recipe()).output_dir == tmp_path / "here"
+    assert load(tmp_path / "here")
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    with WeakFileLock(tmp_path / ".moe.upcycle.lock"), pytest.raises(UpcycleError, match="Another process"):
+        upcycle(source, tmp_path / "moe", recipe())
+    assert upcycle(source, tmp_path / "moe", recipe()).exact
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+def test_resume_with_another_shard_size_is_refused(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    killed_run(source, tmp_path / "moe", 20)
+    with pytest.raises(UpcycleError, match="another model, or with another recipe"):
+        upcycle(source, tmp_path / "moe", recipe())
+
+
+def test_resume_without_a_shard(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    upcycle(source, tmp_path / "whole", recipe(), max_shard_size="40KB")
+    killed_run(source, tmp_path / "moe", 25)
+    shards = sorted((tmp_path / "moe.incomplete").glob("*.safetensors"))
+    shards[0].unlink()
+    shards[1].write_bytes(b"")
+    upcycle(source, tmp_path / "moe", recipe(), max_shard_size="40KB")
+    assert_same_folder(tmp_path / "whole", tmp_path / "moe")
+
+
 def corrupt(path: Path, name: str, value: torch.Tensor) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -487,6 +576,14 @@ def make_bad_source(kind: str, folder: Path) -> Path:
             corrupt(weights, "model.layers.1.mlp.up_proj.bias", torch.zeros(48))
         case "shape":
             corrupt(weights, norm, torch.zeros(31))
+        case "two types":
+            corrupt(weights, "model.layers.1.mlp.up_proj.weight", torch.zeros(48, 32, dtype=torch.bfloat16))
+        case "index is a list":
+            (folder / "model.safetensors.index.json").write_text("[1, 2]")
+        case "bad config":
+            config["hidden_size"] = "wide"
+        case "broken bin":
+            weights.rename(folder / "pytorch_model.bin")
         case "integers":
             corrupt(weights, norm, torch.zeros(32, dtype=torch.int8))
         case "no weights":
@@ -518,6 +615,10 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         ("extra", "has no place for 1 tensors.*model.layers.1.mlp.up_proj.bias"),
         ("shape", "'model.norm.weight' has shape \\(31,\\), but config.json asks for \\(32,\\)"),
         ("integers", "is of type I8"),
+        ("two types", "not of one data type"),
+        ("index is a list", "is no index of weight files"),
+        ("bad config", "hidden_size"),
+        ("broken bin", "pytorch_model.bin is broken"),
         ("no weights", "holds no weights: expected one of"),
         ("unknown", "no_such_model"),
         (
@@ -551,7 +652,7 @@ def test_pickled_code_is_not_run(tmp_path):
             return (Path.touch, (tmp_path / "evil",))
 
     torch.save({"model.norm.weight": Evil()}, tmp_path / "dense" / "pytorch_model.bin")
-    with pytest.raises(UpcycleError, match="more than tensors.*safetensors"):
+    with pytest.raises(UpcycleError, match="more than tensors.*could run code"):
         upcycle(tmp_path / "dense", tmp_path / "moe", recipe())
     assert not (tmp_path / "evil").exists()
 
@@ -567,8 +668,9 @@ def test_hub_source(tmp_path, monkeypatch):
         return str(snapshot)
 
     monkeypatch.setattr("hf_moe.upcycling.checkpoint.snapshot_download", download)
+    monkeypatch.setattr("hf_moe.upcycling.plan.read_config", lambda source, revision: read_config(snapshot))
     upcycle("someone/dense", tmp_path / "moe", recipe(), revision="main")
-    assert calls == [("someone/dense", "main")]
+    assert calls == [("someone/dense", "main")], "safetensors are there, so no other format is asked for"
     provenance = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())
     assert provenance["parent"]["name"] == "someone/dense"
     assert provenance["parent"]["revision"] == commit
@@ -578,8 +680,36 @@ def test_hub_source(tmp_path, monkeypatch):
     assert "- fr" in card or "language: fr" in card
 
 
+def test_broken_companions_do_not_cost_the_conversion(tmp_path):
+    source = save_dense(tmp_path / "dense")
+    (source / "README.md").write_text("---\nlicense: [mit\n---\n")
+    (source / "tokenizer.json").write_text("{}")
+    report = upcycle(source, tmp_path / "moe", recipe())
+    assert report.exact
+    assert not report.parity["text"]
+
+
+@torch.no_grad()
+def test_type_comes_from_the_tensors(tmp_path):
+    source = save_dense(tmp_path / "dense", dtype=torch.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    report = upcycle(source, tmp_path / "moe", recipe(target="hf_moe"))
+    assert report.parity["bfloat16"]["max_relative_error"] == 0.0
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "| data type | bfloat16 | bfloat16 |" in (tmp_path / "moe" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("window", "beyond"), [(8, True), (None, None), (4096, False)])
+def test_report_says_whether_the_window_was_passed(window, beyond, tmp_path):
+    source = save_dense(tmp_path / "dense", "mistral", sliding_window=window)
+    assert upcycle(source, tmp_path / "moe", recipe()).parity["beyond_window"] is beyond
+    assert ("within the sliding window" in (tmp_path / "moe" / "README.md").read_text()) == (beyond is False)
+
+
 def test_what_is_no_model_at_all(tmp_path):
-    with pytest.raises(UpcycleError, match="neither a folder nor a model"):
+    with pytest.raises(UpcycleError, match="No configuration at"):
         upcycle(tmp_path / "nothing", tmp_path / "moe", recipe())
     (tmp_path / "empty").mkdir()
     with pytest.raises(UpcycleError, match="has no config.json"):
