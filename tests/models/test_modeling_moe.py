@@ -346,7 +346,8 @@ with torch.no_grad():
     logits = model(ids[rank : rank + 1] if kind == "expert" else ids).logits
 torch.save(logits.full_tensor() if hasattr(logits, "full_tensor") else logits, f"{folder}/logits{rank}.pt")
 torch.save(list(model.model.layers[0].mlp.experts.gate_up_proj.to_local().shape), f"{folder}/shape{rank}.pt")
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads sometimes abort an orderly exit
 """
 
 

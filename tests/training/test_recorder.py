@@ -172,7 +172,7 @@ def test_dense_model_is_refused():
 
 
 DISTRIBUTED = """
-import sys, torch
+import os, sys, torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from hf_moe import RoutingRecorder
@@ -183,7 +183,8 @@ ids = torch.arange(5, 5 + 24).reshape(2, 12)[rank : rank + 1]
 with RoutingRecorder(model) as recorder:
     model(ids, labels=ids).loss.backward()
 recorder.statistics(reduce_over_ranks=True).save(f"{sys.argv[1]}/statistics{rank}.json")
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads sometimes abort an orderly exit
 """
 
 
