@@ -68,5 +68,4 @@ def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: Card
 
 
 def _auto_class(architecture: str) -> str:
-    heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
-    return "AutoModel" + next((head for head in heads if architecture.endswith(head)), "")
+    return "AutoModel" + next((head for head in PIPELINE_TAGS if architecture.endswith(head)), "")

@@ -43,7 +43,6 @@ class SparseLayer(NamedTuple):
 class Method:
     """An entry of `METHODS`. `inexact_because(config)` is None when the method preserves the function, else the reason."""
 
-    name: str
     paper: str | None
     inexact_because: Callable[["UpcycleConfig"], str | None]
     build: Callable[[FeedForward, "UpcycleConfig", int], SparseLayer]
@@ -60,7 +59,7 @@ def upcycling_method(
     def register(build):
         if name in METHODS:
             raise ValueError(f"There is a method {name!r} already.")
-        METHODS[name] = Method(name, paper, inexact_because, build)
+        METHODS[name] = Method(paper, inexact_because, build)
         return build
 
     return register

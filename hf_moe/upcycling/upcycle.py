@@ -18,6 +18,7 @@ from ..hub.card import read_parent_card, write_model_card
 from ..version import __version__
 from .checkpoint import Checkpoint
 from .convert import DenseTensors, Step, plan_steps
+from .methods import METHODS
 from .parity import FLOAT32_BOUND, Result, Tokens, check_parity, measure_parity, sample_tokens, summarize
 from .plan import UpcyclePlan, meta_model, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleError, UpcycleReport
@@ -229,6 +230,7 @@ def _provenance(
     return {
         "hf_moe_version": __version__,
         "recipe": recipe.to_dict(),
+        "paper": METHODS[recipe.method].paper,
         "parent": {**parent, "model_type": checkpoint.config.model_type, "num_parameters": plan.num_dense_parameters},
         "result": {
             "model_type": plan.model_type,

@@ -13,11 +13,18 @@ from hf_moe import UpcycleConfig, upcycle
     [
         (
             {},
-            ["MixtralForCausalLM", "The method is exact", "| float32 |", "3 of 3"],
+            [
+                "MixtralForCausalLM",
+                "The method is exact",
+                "(https://huggingface.co/papers/2212.05055)",
+                "| float32 |",
+                "3 of 3",
+            ],
             ["hf-moe\n", "trust_remote_code"],
         ),
         ({"target": "hf_moe"}, ["import hf_moe", "trust_remote_code=True", "MoeLlamaForCausalLM"], []),
         ({"norm_topk_prob": False}, ["The method is not exact", "norm_topk_prob: false"], ["The method is exact"]),
+        ({"method": "residual"}, ["keeps all experts in use"], ["experts start equal", "paper"]),
         ({"verify": "layers"}, ["worst layer"], ["same top token"]),
         ({"verify": "none"}, ["## Recipe"], ["What was preserved", "worst layer"]),
     ],

@@ -328,7 +328,7 @@ def test_one_broken_expert_fails_the_proof(verify, tmp_path, monkeypatch):
         return methods.SparseLayer(expert=lambda index: spoiled if (layer_index, index) == (1, 41) else dense)
 
     exact = methods.METHODS["copy"]
-    monkeypatch.setitem(methods.METHODS, "copy", methods.Method("copy", exact.paper, exact.inexact_because, build))
+    monkeypatch.setitem(methods.METHODS, "copy", methods.Method(exact.paper, exact.inexact_because, build))
     source = save_dense(tmp_path / "dense")
     for _ in range(2):
         with pytest.raises(UpcycleError, match="does not compute what the dense model computes"):
