@@ -7,6 +7,17 @@
 Fine-tune an upcycled model with transformers' Trainer on two domains, beside the dense model on the same tokens.
 
     python examples/02_finetune_trainer.py HuggingFaceTB/SmolLM2-135M-Instruct smollm2-moe outputs
+
+prints, after the Trainer's own lines (as `make demo` runs it, on 2 cores):
+
+    30 steps of 4 x 96 tokens
+                   ppl code  ppl licences  tokens/s  load entropy  load CV  dead experts
+    dense             13.58         11.15
+    dense trained     11.94          8.05        91
+    MoE at step 0     13.58         11.15                   0.949    0.332         0.000
+    MoE trained       11.93          8.04        79         0.947    0.344         0.000
+
+    reloaded MixtralForCausalLM: 'The capital of France is Paris.\n\nThe United States is a member of the European Union and the'
 """
 
 import argparse
@@ -45,6 +56,7 @@ def finetune(model, dataset: Dataset, arguments: argparse.Namespace) -> float:
             lr_scheduler_type="cosine",
             logging_steps=10,
             save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
             seed=0,
         ),

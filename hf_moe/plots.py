@@ -39,7 +39,7 @@ def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, t
     relative = np.full((len(layers), num_experts), np.nan)
     for row, layer in enumerate(layers):
         relative[row, : len(layer.counts)] = layer.load.numpy() * len(layer.counts)
-    labels = [_layer_number(name) for name in statistics.layers]
+    labels = [layer_number(name) for name in statistics.layers]
 
     figure = Figure(figsize=(4.2 + 0.32 * num_experts, 1.8 + 0.2 * len(layers)), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[max(3, 0.32 * num_experts), 1.2])
@@ -63,6 +63,6 @@ def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, t
     return figure
 
 
-def _layer_number(name: str) -> str:
+def layer_number(name: str) -> str:
     """`"3"` for `"model.layers.3.mlp.gate"`."""
     return next((part for part in name.split(".") if part.isdigit()), name)

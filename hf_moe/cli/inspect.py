@@ -57,19 +57,19 @@ def inspect(
 
 
 def _row(name: str, layer: "LayerRouting") -> dict[str, str | int | float]:
+    from ..plots import layer_number
+
     load = layer.load.tolist()
-    row = {
-        "layer": name,
+    row: dict[str, str | int | float] = {
+        "layer": layer_number(name),
         "entropy": round(layer.entropy, 3),
         "max_violation": round(layer.max_violation, 3),
         "cv": round(layer.coefficient_of_variation, 3),
         "dead": len(layer.dead_experts),
-        "least": round(min(load), 3),
-        "most": round(max(load), 3),
     }
     if len(load) <= 8:
-        row["load"] = " ".join(f"{share:.2f}" for share in load)
-    return row
+        return row | {"load": " ".join(f"{share:.2f}" for share in load)}
+    return row | {"least": round(min(load), 4), "most": round(max(load), 4)}
 
 
 def _sequences(tokenizer, paths: list[Path], max_tokens: int, length: int) -> "list[torch.Tensor]":

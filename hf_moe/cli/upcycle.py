@@ -96,9 +96,9 @@ def upcycle(
         output_dir=str(report.output_dir),
         model_type=report.model_type,
         exact=report.exact,
-        max_relative_error=report.max_relative_error,
+        max_relative_error=_error(report.max_relative_error),
         **(
-            {f"max_relative_error_{low_precision}": parity[low_precision].get("max_relative_error")}
+            {f"max_relative_error_{low_precision}": _error(parity[low_precision].get("max_relative_error"))}
             if low_precision
             else {}
         ),
@@ -112,6 +112,11 @@ def upcycle(
 def _count(number: int) -> str | int:
     """With separators for people, plain for programs."""
     return f"{number:,}" if out.mode == "human" else number
+
+
+def _error(value: float | None) -> str | float | None:
+    """With two digits for people, in full for programs."""
+    return f"{value:.1e}" if out.mode == "human" and value is not None else value
 
 
 def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":

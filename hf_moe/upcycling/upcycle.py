@@ -72,7 +72,7 @@ def upcycle(
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
     plan_upcycle(source, recipe, revision=revision)
-    output_dir = Path(output_dir).resolve()
+    given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
     _check_output(output_dir, incomplete, source, overwrite)
     checkpoint = Checkpoint(source, revision)
@@ -119,7 +119,7 @@ def upcycle(
 
     max_relative_error = None if parity is None else summarize(parity)
     return UpcycleReport(
-        output_dir=output_dir,
+        output_dir=given_dir,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
