@@ -14,7 +14,7 @@ prints (as `make demo` runs it):
     parameters          134,515,008 -> 373,462,848
     active per token    134,515,008 -> 214,210,368
     FLOPs per token     268,959,744 -> 428,350,464
-    wrote 746,925,696 bytes to /tmp/w/clone/outputs/demo/moe
+    wrote 746,925,696 bytes to outputs/demo/moe
     computed in float32   max|logit difference| / max|logit| = 1.4e-06, same top token 100.0%
     computed in bfloat16  max|logit difference| / max|logit| = 0.0e+00, same top token 100.0%
 """
