@@ -50,10 +50,9 @@ class MoeSparseBlock(nn.Module):
         self.experts = MoeExperts(config)
         # CODEPATH: with a shared expert DeepSeekMoE and Qwen2-MoE, without Mixtral and Qwen3-MoE
         self.shared_expert = SharedExpert(config) if config.shared_expert_intermediate_size else None
+        hidden_size = config.hidden_size
         # CODEPATH: gated Qwen2-MoE, ungated DeepSeekMoE
-        self.shared_expert_gate = (
-            nn.Linear(config.hidden_size, 1, bias=False) if config.use_shared_expert_gate else None
-        )
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.use_shared_expert_gate else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.training and self.jitter_noise > 0:
