@@ -55,10 +55,11 @@ def test_parity(smollm2, dtype, method, target, tmp_path):
 
 
 def peak_mib(source: Path, output: Path, num_experts: int) -> int:
+    # Not ru_maxrss: that of a child starts with the memory of the process that started it.
     code = (
-        "import resource, sys; from hf_moe import UpcycleConfig, upcycle\n"
+        "import re, sys; from pathlib import Path; from hf_moe import UpcycleConfig, upcycle\n"
         "upcycle(sys.argv[1], sys.argv[2], UpcycleConfig(num_experts=int(sys.argv[3])))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) // 1024)"
     )
     command = [sys.executable, "-c", code, str(source), str(output), str(num_experts)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
