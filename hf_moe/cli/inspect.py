@@ -19,8 +19,8 @@ def inspect(
     text: Annotated[list[Path], typer.Option(help="Text file to run through the model; can be given several times.")],
     plot: Annotated[Path | None, typer.Option(help="PNG to draw: heat map layer x expert with entropy.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the full statistics.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to run in all.")] = 8192,
-    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all.")] = 8192,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
     ] = False,
@@ -33,6 +33,10 @@ def inspect(
     from ..plots import plot_load
     from ..training.recorder import RoutingRecorder
 
+    _check_paths(model, text)
+    for path in (plot, output):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     sequences = _sequences(tokenizer, text, max_tokens, length)
     network = AutoModelForCausalLM.from_pretrained(
@@ -56,20 +60,32 @@ def inspect(
         out.log(f"Wrote {plot}")
 
 
-def _row(name: str, layer: "LayerRouting") -> dict[str, str | int | float]:
+def _check_paths(model: str, texts: list[Path]) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    for path in texts:
+        if not path.is_file():
+            raise ValueError(f"--text: there is no file {path}.")
+    folder = Path(model)
+    if not folder.is_dir() and (folder.is_absolute() or model.count("/") > 1 or model.startswith(".")):
+        raise ValueError(f"There is no folder {model}, and it is no id of a model on the Hub either.")
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        raise ValueError(f"The folder {model} has no tokenizer. Save that of the dense model into it.")
+
+
+def _row(name: str, layer: "LayerRouting") -> dict[str, str | int]:
     from ..plots import layer_number
 
     load = layer.load.tolist()
-    row: dict[str, str | int | float] = {
+    row: dict[str, str | int] = {
         "layer": layer_number(name),
-        "entropy": round(layer.entropy, 3),
-        "max_violation": round(layer.max_violation, 3),
-        "cv": round(layer.coefficient_of_variation, 3),
+        "entropy": f"{layer.entropy:.3f}",
+        "max_violation": f"{layer.max_violation:.3f}",
+        "cv": f"{layer.coefficient_of_variation:.3f}",
         "dead": len(layer.dead_experts),
     }
     if len(load) <= 8:
         return row | {"load": " ".join(f"{share:.2f}" for share in load)}
-    return row | {"least": round(min(load), 4), "most": round(max(load), 4)}
+    return row | {"least": f"{min(load):.4f}", "most": f"{max(load):.4f}"}
 
 
 def _sequences(tokenizer, paths: list[Path], max_tokens: int, length: int) -> "list[torch.Tensor]":

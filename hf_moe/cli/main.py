@@ -13,17 +13,28 @@ from .inspect import inspect
 from .upcycle import plan, upcycle
 
 
-app = typer_factory(help="Turn dense Hugging Face models into mixtures of experts, and look at their routing.")
+LEARN_MORE = "Learn more\n  Use `hf-moe <command> --help` for more information about a command."
+
+
+def _epilog(*examples: str) -> str:
+    return "\n".join(["Examples", *(f"  $ {example}" for example in examples), "", LEARN_MORE])
+
+
+app = typer_factory(
+    help="Turn dense Hugging Face models into mixtures of experts, and look at their routing.", epilog=LEARN_MORE
+)
 app.command(
-    examples=["hf-moe plan HuggingFaceTB/SmolLM2-135M --num-experts 4", "hf-moe plan ./model --method residual --json"]
+    epilog=_epilog(
+        "hf-moe plan HuggingFaceTB/SmolLM2-135M --num-experts 4", "hf-moe plan ./model --method residual --json"
+    )
 )(plan)
 app.command(
-    examples=[
+    epilog=_epilog(
         "hf-moe upcycle HuggingFaceTB/SmolLM2-135M smollm2-moe --num-experts 4",
         "hf-moe upcycle ./model ./moe --recipe recipe.yml",
-    ]
+    )
 )(upcycle)
-app.command(examples=["hf-moe inspect ./moe --text essay.txt --plot load.png"])(inspect)
+app.command(epilog=_epilog("hf-moe inspect ./moe --text essay.txt --plot load.png"))(inspect)
 app.add_group(bench, name="bench")
 
 
@@ -34,5 +45,6 @@ def main() -> None:
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         if os.environ.get("HF_DEBUG"):
             raise
-        out.error(str(error))
+        # The validator's own words tell nothing about the command line.
+        out.error(str(error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error))
         sys.exit(1)

@@ -80,15 +80,19 @@ def upcycle(
     """Convert a dense model into a mixture of experts, and prove what was preserved."""
     from ..upcycling.upcycle import upcycle as run
 
-    report = run(
-        source,
-        output_dir,
-        _recipe(recipe, locals()),
-        revision=revision,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=not out.is_quiet(),
-    )
+    try:
+        report = run(
+            source,
+            output_dir,
+            _recipe(recipe, locals()),
+            revision=revision,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=not out.is_quiet(),
+        )
+    except KeyboardInterrupt:
+        out.error("Interrupted. Run the same command again: it goes on where it stopped.")
+        raise SystemExit(130) from None
     parity = report.parity or {}
     low_precision = next((name for name in parity if name.endswith("float16")), None)
     out.result(

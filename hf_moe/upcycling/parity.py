@@ -88,6 +88,8 @@ def sample_tokens(dense: Checkpoint, recipe: UpcycleConfig) -> Tokens:
             logger.warning(
                 f"The tokenizer of {dense.source} does not load; random tokens are compared instead. ({error})"
             )
+    else:
+        logger.warning(f"{dense.source} has no tokenizer: none is copied, and random tokens are compared.")
     generator = torch.Generator().manual_seed(0)
     return Tokens(torch.randint(dense.config.vocab_size, (1, length), generator=generator), False)
 
@@ -234,7 +236,7 @@ def _compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, 
     return {
         "max_relative_error": _relative_error(actual, expected),
         "top1_agreement": (actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-        "kl_divergence": divergence.sum(-1).mean().item(),
+        "kl_divergence": max(divergence.sum(-1).mean().item(), 0.0),  # rounding can make it negative
     }
 
 

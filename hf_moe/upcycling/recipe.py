@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
@@ -101,8 +102,11 @@ class UpcycleConfig:
         Read a recipe: a YAML mapping from field names to values.
 
         Raises:
-            UpcycleError: if the file is no mapping or names a field that does not exist.
+            UpcycleError: if there is no such file, or if it is no mapping, names a field that does not exist, or holds a
+                value that is not allowed.
         """
+        if not Path(path).is_file():
+            raise UpcycleError(f"There is no recipe file {path}.")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
@@ -112,7 +116,10 @@ class UpcycleConfig:
             raise UpcycleError(f"{path} must hold a mapping from field names to values, got {type(values).__name__}.")
         if unknown := [name for name in values if name not in known]:
             raise UpcycleError(f"{path} names unknown fields {unknown}. A recipe may have {known}.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except StrictDataclassError as error:
+            raise UpcycleError(f"{path}: {error.__cause__ or error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values."""

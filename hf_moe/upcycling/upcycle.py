@@ -84,13 +84,13 @@ def upcycle(
     tokens = sample_tokens(checkpoint, recipe) if recipe.verify != "none" else None
     parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    incomplete.mkdir(parents=True, exist_ok=True)
     lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
     try:
         with WeakFileLock(lock, timeout=0.1):
             if overwrite and (incomplete / JOURNAL).exists():
                 shutil.rmtree(incomplete)
-            incomplete.mkdir(exist_ok=True)
+                incomplete.mkdir()
             writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, parent))
             _check_space(incomplete, writer.total_bytes, checkpoint)
             _write_weights(writer, steps, progress)
@@ -196,7 +196,11 @@ def _check_space(folder: Path, needed: int, checkpoint: Checkpoint) -> None:
 
 def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> None:
     with tqdm(
-        total=writer.total_bytes, desc="Upcycling", unit="B", unit_scale=True, disable=None if progress else True
+        total=writer.total_bytes,
+        desc="Resuming" if writer.checksums else "Upcycling",
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
     ) as bar:
         for step in steps:
             if writer.is_done(step):

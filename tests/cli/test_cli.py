@@ -74,7 +74,7 @@ def test_upcycle_and_inspect(dense, tmp_path):
         (["--method", "magic"], "copy"),
         (["--layers", "a-b"], "4,6,8-11"),
         (["--layers", "7"], "layers 0 to 2"),
-        (["--recipe", "missing.yml"], "missing.yml"),
+        (["--recipe", "missing.yml"], "There is no recipe file missing.yml"),
         (["--target", "native", "--method", "residual"], "shared expert"),
     ],
 )
@@ -93,6 +93,23 @@ def test_inspect_refuses_what_it_cannot_show(dense, tmp_path):
     (tmp_path / "text.txt").write_text("")
     run = hf_moe("inspect", dense, "--text", tmp_path / "text.txt")
     assert "no text" in run.stderr
+    run = hf_moe("inspect", dense, "--text", tmp_path / "missing.txt")
+    assert "--text: there is no file" in run.stderr
+    run = hf_moe("inspect", tmp_path / "nowhere", "--text", tmp_path / "text.txt")
+    assert "There is no folder" in run.stderr
+
+
+def test_interrupt_says_how_to_go_on(dense, tmp_path):
+    code = (
+        "import hf_moe.upcycling.upcycle as module\n"
+        "def interrupted(*arguments, **options): raise KeyboardInterrupt\n"
+        "module.upcycle = interrupted\n"
+        "from hf_moe.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "upcycle", str(dense), str(tmp_path / "moe")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 130
+    assert "Run the same command again" in run.stderr
 
 
 def test_recipe_file_with_a_typo_is_refused(dense, tmp_path):
@@ -100,6 +117,10 @@ def test_recipe_file_with_a_typo_is_refused(dense, tmp_path):
     run = hf_moe("plan", dense, "--recipe", tmp_path / "recipe.yml")
     assert "num_expert" in run.stderr
     assert "num_experts_per_tok" in run.stderr, "the fields that exist are listed"
+    (tmp_path / "recipe.yml").write_text("num_experts: four\n")
+    run = hf_moe("plan", dense, "--recipe", tmp_path / "recipe.yml")
+    assert "recipe.yml" in run.stderr
+    assert "validator" not in run.stderr
 
 
 def test_bench(dense, tmp_path, monkeypatch):
