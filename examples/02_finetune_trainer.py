@@ -13,9 +13,9 @@ prints, after the Trainer's own lines (as `make demo` runs it, on 2 cores):
     30 steps of 4 x 96 tokens
                    ppl code  ppl licences  tokens/s  load entropy  load CV  dead experts
     dense             13.58         11.15
-    dense trained     11.94          8.05        91
+    dense trained     11.94          8.05       126
     MoE at step 0     13.58         11.15                   0.949    0.332         0.000
-    MoE trained       11.93          8.04        79         0.947    0.344         0.000
+    MoE trained       11.93          8.04        74         0.947    0.344         0.000
 
     reloaded MixtralForCausalLM: 'The capital of France is Paris.\n\nThe United States is a member of the European Union and the'
 """
