@@ -8,17 +8,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-import logging  # noqa: E402
-import traceback  # noqa: E402
-import warnings  # noqa: E402
-from pathlib import Path  # noqa: E402
+import logging
+import traceback
+import warnings
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-import hf_moe  # noqa: E402
+import hf_moe
 
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
