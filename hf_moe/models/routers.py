@@ -40,9 +40,6 @@ class MoeRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} must define how it scores, selects and weights the experts.")
-
 
 class SoftmaxTopKRouter(MoeRouter):
     """

@@ -227,12 +227,15 @@ def _names(path: Path) -> list[str]:
     if path.suffix == ".bin":
         types = {name: tensor.dtype for name, tensor in _load_bin(path).items()}
         wrong = {name: dtype for name, dtype in types.items() if dtype not in SAFETENSORS_DTYPES.values()}
-        return _refuse_types(path, list(types), wrong)
+        _refuse_types(path, wrong)
+        return list(types)
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
-            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in names}
         wrong = {name: dtype for name, dtype in types.items() if dtype not in SAFETENSORS_DTYPES}
-        return _refuse_types(path, list(types), wrong)
+        _refuse_types(path, wrong)
+        return names
     except SafetensorError as error:
         raise UpcycleError(
             f"{path.name} is no complete safetensors file ({error}); a download or copy was probably cut short. Download "
@@ -240,14 +243,12 @@ def _names(path: Path) -> list[str]:
         ) from error
 
 
-def _refuse_types(path: Path, names: list[str], wrong: dict[str, Any]) -> list[str]:
-    """`names`, if none is of a wrong type."""
+def _refuse_types(path: Path, wrong: dict[str, Any]) -> None:
     for name, dtype in wrong.items():
         raise UpcycleError(
             f"{path.name}: tensor {name!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a quantized "
             "checkpoint must be dequantized first."
         )
-    return names
 
 
 @functools.lru_cache(maxsize=1)
