@@ -3,6 +3,7 @@
 
 import errno
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -99,7 +100,7 @@ def upcycle(
             if tokens is not None:
                 parity = _prove(checkpoint, incomplete, plan, recipe, tokens, writer, progress)
             provenance = _provenance(recipe, plan, checkpoint, parent, parity)
-            text = json.dumps(provenance, indent=2, allow_nan=False)
+            text = json.dumps(_without_infinities(provenance), indent=2, allow_nan=False)
             (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
             write_model_card(incomplete, provenance, parent_data)
             _publish(incomplete, output_dir, overwrite)
@@ -249,6 +250,13 @@ def _provenance(
         },
         "parity": parity,
     }
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has no infinity, but a model whose values overflow in float16 measures one: null stands for it."""
+    if isinstance(value, dict):
+        return {name: _without_infinities(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _publish(incomplete: Path, output_dir: Path, overwrite: bool) -> None:

@@ -348,6 +348,16 @@ def test_errors_that_are_not_finite_count():
         parity.check_parity(measured, Path("moe.incomplete"))
 
 
+def test_overflow_in_float16_does_not_stop_an_exact_conversion(tmp_path):
+    source = save_dense(tmp_path / "dense", dtype=torch.float16)
+    corrupt(source / "model.safetensors", "lm_head.weight", torch.full((96, 32), 6e4, dtype=torch.float16))
+    report = upcycle(source, tmp_path / "moe", recipe())
+    assert report.exact
+    assert report.parity["float16"]["max_relative_error"] == float("inf")
+    provenance = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())
+    assert provenance["parity"]["float16"]["max_relative_error"] is None
+
+
 def test_silent_feed_forward_is_exact(tmp_path):
     source = save_dense(tmp_path / "dense")
     corrupt(source / "model.safetensors", "model.layers.1.mlp.down_proj.weight", torch.zeros(32, 48))
