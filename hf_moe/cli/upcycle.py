@@ -18,7 +18,7 @@ MethodOpt = Annotated[str | None, typer.Option(help="How experts are made: copy 
 NumExpertsOpt = Annotated[int | None, typer.Option(help="Routed experts per layer (default 8).")]
 TopKOpt = Annotated[int | None, typer.Option("--top-k", help="Routed experts per token (default 2).")]
 TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (default), native or hf_moe.")]
-LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert, e.g. 4,6,8-11. All by default.")]
+LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert: 4,6,8-11, ::2 or -4: (default all).")]
 NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weights by their sum (default yes).")]
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
@@ -132,18 +132,4 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     values.update({name: value for name, value in options.items() if name in fields and value is not None})
     if options["top_k"] is not None:
         values["num_experts_per_tok"] = options["top_k"]
-    if isinstance(values.get("layers"), str):
-        values["layers"] = _parse_layers(values["layers"])
     return UpcycleConfig(**values)
-
-
-def _parse_layers(text: str) -> list[int]:
-    """`[4, 6, 8, 9, 10, 11]` for `"4,6,8-11"`."""
-    try:
-        layers: list[int] = []
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
-        return layers
-    except ValueError:
-        raise ValueError(f"--layers takes numbers and ranges such as 4,6,8-11, got {text!r}.") from None

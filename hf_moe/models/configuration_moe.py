@@ -45,7 +45,9 @@ class MoeConfigMixin:
 
     Args:
         num_experts (`int`, *optional*, defaults to 8):
-            Number of routed experts in a sparse layer.
+            Number of routed experts in a sparse layer; the largest one if the layers differ.
+        num_experts_per_layer (`list[int]`, *optional*):
+            Number of routed experts of every layer where they differ; 0 for a dense layer.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
             Number of routed experts that serve one token.
         moe_intermediate_size (`int`, *optional*):
@@ -76,8 +78,10 @@ class MoeConfigMixin:
         "AutoModelForSequenceClassification": "ForSequenceClassification",
         "AutoModelForTokenClassification": "ForTokenClassification",
     }
+    gated_experts: ClassVar[bool] = True
 
     num_experts: int = 8
+    num_experts_per_layer: list[int] | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
@@ -97,6 +101,15 @@ class MoeConfigMixin:
         # The code travels with every checkpoint, so the map always names the files beside the configuration.
         kwargs["auto_map"] = self.auto_class_references()
         super().__post_init__(**kwargs)
+
+    @property
+    def biased_experts(self) -> bool:
+        """Whether the experts have biases, as the dense feed-forward has."""
+        return getattr(self, "mlp_bias", False)
+
+    def num_experts_in(self, layer_index: int) -> int:
+        """Number of routed experts of a sparse layer."""
+        return self.num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[layer_index]
 
     @classmethod
     def auto_class_references(cls) -> dict[str, str]:
@@ -131,5 +144,27 @@ class MoeConfigMixin:
             )
         if self.use_shared_expert_gate and self.shared_expert_intermediate_size is None:
             raise ValueError("`use_shared_expert_gate` needs a `shared_expert_intermediate_size`.")
-        if getattr(self, "mlp_bias", False):
-            raise ValueError("`mlp_bias=True` is not supported: the fused experts carry no bias.")
+        if self.num_experts_per_layer is not None:
+            self._validate_num_experts_per_layer()
+
+    def _validate_num_experts_per_layer(self):
+        counts = self.num_experts_per_layer
+        if len(counts) != self.num_hidden_layers:
+            raise ValueError(
+                f"`num_experts_per_layer` must have one entry per layer ({self.num_hidden_layers}), got {len(counts)}."
+            )
+        for index, (count, layer_type) in enumerate(zip(counts, self.mlp_layer_types, strict=True)):
+            if (count == 0) != (layer_type == "dense"):
+                raise ValueError(
+                    f"`num_experts_per_layer` must be 0 for dense layers and only for them, but layer {index} is "
+                    f"{layer_type!r} and has {count}."
+                )
+            if layer_type == "sparse" and count < self.num_experts_per_tok:
+                raise ValueError(
+                    f"`num_experts_per_layer` must be at least `num_experts_per_tok` ({self.num_experts_per_tok}), but layer "
+                    f"{index} has {count}."
+                )
+        if max(counts) != self.num_experts:
+            raise ValueError(
+                f"`num_experts` ({self.num_experts}) must be the largest of `num_experts_per_layer` ({max(counts)})."
+            )

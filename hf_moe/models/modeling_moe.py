@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
 
-from .experts import MoeExperts, SharedExpert
+from .experts import BiasedMoeExperts, MoeExperts, SharedExpert, UngatedMoeExperts, build_experts
 from .routers import ROUTERS, MoeRouter
 
 
@@ -43,11 +43,11 @@ class MoeSparseBlock(nn.Module):
     TRL, quantizers and the parallel plans of transformers look for.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, num_experts: int):
         super().__init__()
         self.jitter_noise = config.router_jitter_noise
-        self.gate = ROUTERS[config.router_type](config)
-        self.experts = MoeExperts(config)
+        self.gate = ROUTERS[config.router_type](config, num_experts)
+        self.experts = build_experts(config, num_experts)
         # CODEPATH: with a shared expert DeepSeekMoE and Qwen2-MoE, without Mixtral and Qwen3-MoE
         self.shared_expert = SharedExpert(config) if config.shared_expert_intermediate_size else None
         hidden_size = config.hidden_size
@@ -81,27 +81,41 @@ class MoePreTrainedModelMixin:
     def _init_weights(self, module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MoeExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+        if isinstance(module, (MoeExperts, BiasedMoeExperts, UngatedMoeExperts)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, MoeRouter):
             init.normal_(module.weight, mean=0.0, std=std)
 
 
 class MoeModelMixin:
-    """Puts a [`MoeSparseBlock`] into the layers that `config.mlp_layer_types` names `"sparse"`."""
+    """
+    Puts a [`MoeSparseBlock`] into the layers that `config.mlp_layer_types` names `"sparse"`.
 
-    def __init__(self, config):
-        super().__init__(config)
-        if len(config.mlp_layer_types) != len(self.layers):
+    `layers_path` is where the dense backbone keeps its layers.
+    """
+
+    layers_path = "layers"
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        layers = self.get_submodule(self.layers_path)
+        if len(config.mlp_layer_types) != len(layers):
             raise ValueError(
-                f"`mlp_layer_types` has {len(config.mlp_layer_types)} entries, but `num_hidden_layers` is {len(self.layers)}. "
+                f"`mlp_layer_types` has {len(config.mlp_layer_types)} entries, but `num_hidden_layers` is {len(layers)}. "
                 "Change both together."
             )
-        for layer, layer_type in zip(self.layers, config.mlp_layer_types, strict=True):
+        for index, (layer, layer_type) in enumerate(zip(layers, config.mlp_layer_types, strict=True)):
             if layer_type == "sparse":
-                layer.mlp = MoeSparseBlock(config)
+                self.set_feed_forward(layer, MoeSparseBlock(config, config.num_experts_in(index)))
         self.post_init()
+
+    def set_feed_forward(self, layer: nn.Module, block: MoeSparseBlock) -> None:
+        """Let `block` take the place of a layer's dense feed-forward."""
+        layer.mlp = block
 
 
 class MoeForCausalLMMixin:
@@ -116,10 +130,14 @@ class MoeForCausalLMMixin:
     def __init__(self, config):
         # Not the __init__ of the dense class, which would build a dense backbone only to drop it.
         PreTrainedModel.__init__(self, config)
-        self.model = self.model_class(config)
+        setattr(self, self.base_model_prefix, self.model_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The logits of the dense class for the output of the backbone."""
+        return self.lm_head(hidden_states)
 
     @can_return_tuple
     def forward(
@@ -150,7 +168,7 @@ class MoeForCausalLMMixin:
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        outputs = self.model(
+        outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -160,7 +178,7 @@ class MoeForCausalLMMixin:
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.compute_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
 
         loss = None
         if labels is not None:
@@ -168,9 +186,8 @@ class MoeForCausalLMMixin:
 
         aux_loss = None
         if output_router_logits:
-            aux_loss = load_balancing_loss_func(
+            aux_loss = _balance_loss(
                 outputs.router_logits,
-                self.config.num_experts,
                 self.config.num_experts_per_tok,
                 _padding_mask(attention_mask, outputs.last_hidden_state),
             )
@@ -215,6 +232,20 @@ class MoeClassificationMixin:
                 f"{type(self).__name__} ignores `output_router_logits`: only the causal language model adds the "
                 "load-balancing loss."
             )
+
+
+def _balance_loss(
+    router_logits: tuple[torch.Tensor, ...], top_k: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Mixtral's balance loss; where layers differ in their number of experts, its mean over the layers."""
+    by_num_experts: dict[int, list[torch.Tensor]] = {}
+    for logits in router_logits:
+        by_num_experts.setdefault(logits.shape[-1], []).append(logits)
+    losses = [
+        len(group) * load_balancing_loss_func(tuple(group), num_experts, top_k, attention_mask)
+        for num_experts, group in by_num_experts.items()
+    ]
+    return sum(losses) / len(router_logits)
 
 
 def _padding_mask(attention_mask, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -34,11 +34,11 @@ class MoeRouter(nn.Module):
     expert has index `num_experts` and weight 0.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, num_experts: int):
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = num_experts
         self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
 
 
 class SoftmaxTopKRouter(MoeRouter):
@@ -56,8 +56,8 @@ class SoftmaxTopKRouter(MoeRouter):
     | state buffers | none |
     """
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, num_experts: int):
+        super().__init__(config, num_experts)
         self.norm_topk_prob = config.norm_topk_prob
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from .recipe import UpcycleError
+from .errors import UpcycleError
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -64,6 +64,7 @@ class Checkpoint:
         self.folder, self.revision = _resolve(self.source, revision)
         self.config = read_config(self.folder)
         self.file_of = self._find_tensors()
+        self._name_on_disk: dict[str, str] = {}
         self._handles: dict[Path, safe_open] = {}
 
     @property
@@ -74,6 +75,11 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_of)
 
+    def rename(self, new_names: dict[str, str]) -> None:
+        """Call the tensors by other names from now on; `new_names` has one for each."""
+        self.file_of = {new_names[name]: path for name, path in self.file_of.items()}
+        self._name_on_disk = {new: old for old, new in new_names.items()}
+
     def read(self, name: str, check_finite: bool = True) -> torch.Tensor:
         """
         One tensor.
@@ -81,8 +87,8 @@ class Checkpoint:
         Raises:
             UpcycleError: if it holds a value that is not finite, unless `check_finite` is False.
         """
-        path = self.file_of[name]
-        tensor = _load_bin(path)[name] if path.suffix == ".bin" else self._open(path).get_tensor(name)
+        path, on_disk = self.file_of[name], self._name_on_disk.get(name, name)
+        tensor = _load_bin(path)[on_disk] if path.suffix == ".bin" else self._open(path).get_tensor(on_disk)
         if check_finite and not torch.isfinite(tensor).all():
             raise UpcycleError(
                 f"{path.name}: tensor {name!r} holds NaN or infinite values. A mixture of experts made from it could not "
@@ -94,15 +100,15 @@ class Checkpoint:
         """Row `index` of a tensor in a safetensors file, without reading the others."""
         # Plain reads would take in the whole tensor for one row; the map is dropped as soon as the row is copied.
         with safe_open(self.file_of[name], framework="pt") as file:
-            return file.get_slice(name)[index].clone()
+            return file.get_slice(self._name_on_disk.get(name, name))[index].clone()
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Data type and shape of a tensor, without reading it."""
-        path = self.file_of[name]
+        path, on_disk = self.file_of[name], self._name_on_disk.get(name, name)
         if path.suffix == ".bin":
-            tensor = _load_bin(path)[name]
+            tensor = _load_bin(path)[on_disk]
             return tensor.dtype, tuple(tensor.shape)
-        view = self._open(path).get_slice(name)
+        view = self._open(path).get_slice(on_disk)
         return SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
 
     def main_dtype(self) -> torch.dtype:

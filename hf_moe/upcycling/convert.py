@@ -6,19 +6,24 @@ The conversion itself, free of files: which tensors the result has, and how each
 streaming writer and the in-memory conversion run these steps, which is why their results are equal to the bit.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from .errors import UpcycleError
 from .families import Family
+from .feed_forward import FeedForward, LayerContext, SparseLayer
 from .layouts import FusedLayout, PerExpertLayout, Piece
-from .methods import FeedForward, SparseLayer
-from .plan import UpcyclePlan, meta_model
-from .recipe import UpcycleConfig, UpcycleError
-from .router_init import ROUTER_INITIALIZERS, seeded_generator
-from .targets import build_sparse_layer, dense_class, find_family, find_head
+from .methods import build_sparse_layer
+from .plan import UpcyclePlan
+from .recipe import UpcycleConfig
+from .router_init import build_router
+from .targets import backbone_prefix, dense_class, find_family, layer_prefix, meta_model
 
 
 TensorInfo = tuple[torch.dtype, tuple[int, ...]]
@@ -28,9 +33,6 @@ def num_bytes(info: TensorInfo) -> int:
     """Size of a tensor."""
     dtype, shape = info
     return dtype.itemsize * torch.Size(shape).numel()
-
-
-SHARED_EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ def plan_steps(
         UpcycleError: if the dense model lacks a tensor that its class has, has one that its class would drop, or one of
             another shape.
     """
-    names = _check_names(dense, dense_config)
+    model = meta_model(dense_class(dense_config), dense_config)
+    names = _check_names(dense, dense_config, model)
     family = find_family(dense_config)
-    base = "" if find_head(dense_config) == "Model" else "model."
+    layers = layer_prefix(family, model)
     layer_of = {
-        f"{base}layers.{index}.{projection}": index
-        for index in plan.sparse_layers
-        for projection in family.feed_forward
+        name: index
+        for index in plan.experts_in_layer
+        for name in family.feed_forward.tensors(f"{layers}{index}.", dense.info)
     }
     steps, seen = [], set()
     for name in names:
@@ -82,7 +85,10 @@ def plan_steps(
             steps.append(_copy_step(name, dense))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            steps.append(_sparse_step(f"{base}layers.{index}.", index, dense, family, plan, recipe, layout))
+            context = LayerContext(recipe, index, plan.experts_in_layer[index])
+            steps.append(
+                _SparseStep(f"{layers}{index}.", dense, family, plan, context, layout, backbone_prefix(model)).step()
+            )
     return steps
 
 
@@ -90,72 +96,105 @@ def _copy_step(name: str, dense: DenseTensors) -> Step:
     return Step(name, {name: dense.info[name]}, lambda: iter([Piece(name, 0, dense.read(name))]))
 
 
-def _sparse_step(
-    layer: str,
-    index: int,
-    dense: DenseTensors,
-    family: Family,
-    plan: UpcyclePlan,
-    recipe: UpcycleConfig,
-    layout: FusedLayout | PerExpertLayout,
-) -> Step:
+@dataclass(frozen=True)
+class _SparseStep:
     """Router, experts and shared expert of one layer; `layer` is its name with a dot at the end."""
-    gate_name, up_name, down_name = (layer + projection for projection in family.feed_forward)
-    norm_name = layer + family.router_input_norm
-    dtype = dense.info[gate_name][0]
-    if {dense.info[name][0] for name in (up_name, down_name)} != {dtype}:
-        raise UpcycleError(
-            f"{gate_name!r}, {up_name!r} and {down_name!r} are not of one data type. Save the dense model in one type first."
-        )
-    block = layer + layout.block
 
-    def build(feed_forward: FeedForward) -> SparseLayer:
-        sparse = build_sparse_layer(feed_forward, recipe, index)
-        if plan.target.shared_expert == "gated":
-            sparse = sparse._replace(shared_expert=_inert(feed_forward, plan.config.shared_expert_intermediate_size))
-        return sparse
+    layer: str
+    dense: DenseTensors
+    family: Family
+    plan: UpcyclePlan
+    context: LayerContext
+    layout: FusedLayout | PerExpertLayout
+    backbone: str
 
-    def shapes() -> dict[str, tuple[int, ...]]:
-        meta = FeedForward(
-            *(torch.empty(dense.info[name][1], device="meta") for name in (gate_name, up_name, down_name))
+    def step(self) -> Step:
+        names = self.family.feed_forward.tensors(self.layer, self.dense.info)
+        dtypes = {self.dense.info[name][0] for name in names}
+        if len(dtypes) > 1:
+            raise UpcycleError(
+                f"{names} are not of one data type: {sorted(map(str, dtypes))}. Save the dense model in one type first."
+            )
+        dtype = dtypes.pop()
+        shapes = self._shapes({name: torch.empty(self.dense.info[name][1], device="meta") for name in names})
+        return Step(
+            f"{self.layer}{self.layout.block}",
+            {name: (dtype, shape) for name, shape in shapes.items()},
+            lambda: self._pieces({name: self.dense.read(name) for name in names}, dtype),
         )
-        sparse = build(meta)
-        hidden_size = meta.gate_proj.shape[1]
-        table: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (recipe.num_experts, hidden_size)}
-        table.update(layout.shapes(layer, recipe.num_experts, sparse.expert(0)))
-        if sparse.shared_expert is not None:
-            for projection, tensor in zip(SHARED_EXPERT, sparse.shared_expert, strict=True):
-                table[f"{block}.shared_expert.{projection}.weight"] = tuple(tensor.shape)
-        if plan.target.shared_expert == "gated":
-            table[f"{block}.shared_expert_gate.weight"] = (1, hidden_size)
+
+    def _shapes(self, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+        dense, sizes = self.family.feed_forward.read(self.layer, tensors), self.plan.sizes
+        num_experts, block = self.context.num_experts, f"{self.layer}{self.layout.block}"
+        table: dict[str, tuple[int, ...]] = {f"{block}.{self.layout.router}": (num_experts, dense.hidden_size)}
+        table.update(self.layout.shapes(self.layer, num_experts, dense.take(slice(0, sizes.expert))))
+        shared = self._shared_expert_size()
+        if shared is not None:
+            table.update({name: tuple(tensor.shape) for name, tensor in self._named(dense.take(slice(0, shared)))})
+        if self.plan.target.shared_expert == "gated":
+            table[f"{block}.shared_expert_gate.weight"] = (1, dense.hidden_size)
         return table
 
-    def pieces() -> Iterator[Piece]:
-        sparse = build(FeedForward(dense.read(gate_name), dense.read(up_name), dense.read(down_name)))
-        router = ROUTER_INITIALIZERS[recipe.router_init](dense.read(norm_name), recipe, index)
-        yield Piece(f"{block}.gate.weight", 0, router.to(dtype))
-        for expert_index in range(recipe.num_experts):
-            yield from layout.pieces(layer, expert_index, sparse.expert(expert_index))
+    def _pieces(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[Piece]:
+        dense = self.family.feed_forward.read(self.layer, tensors)
+        sparse, block = self._build(dense), f"{self.layer}{self.layout.block}"
+        router_input = self.family.router_input(self._read_backbone, self._layer_in_backbone, self.context.layer_index)
+        router = build_router(router_input, self.plan.sizes.experts_per_copy, self.context)
+        yield Piece(f"{block}.{self.layout.router}", 0, router.to(dtype))
+        for expert_index in range(self.context.num_experts):
+            yield from self.layout.pieces(self.layer, expert_index, sparse.expert(expert_index))
         if sparse.shared_expert is not None:
-            for projection, tensor in zip(SHARED_EXPERT, sparse.shared_expert, strict=True):
-                yield Piece(f"{block}.shared_expert.{projection}.weight", 0, tensor)
-        if plan.target.shared_expert == "gated":
+            for name, tensor in self._named(sparse.shared_expert):
+                yield Piece(name, 0, tensor)
+        if self.plan.target.shared_expert == "gated":
             # Never exactly zero: llama.cpp computes the sigmoid as silu(x) / x.
-            generator = seeded_generator(recipe.seed, index, 0, "shared_expert_gate")
-            gate = torch.randn(1, router.shape[1], generator=generator) * plan.config.initializer_range
+            gate = torch.randn(1, dense.hidden_size, generator=self.context.generator(0, "shared_expert_gate"))
+            gate = gate * self.plan.config.initializer_range
             yield Piece(f"{block}.shared_expert_gate.weight", 0, gate.to(dtype))
 
-    return Step(f"{layer}{layout.block}", {name: (dtype, shape) for name, shape in shapes().items()}, pieces)
+    def _build(self, dense: FeedForward) -> SparseLayer:
+        sparse = build_sparse_layer(dense, self.context)
+        if self.plan.target.shared_expert == "gated":
+            # The class insists on a shared expert: one that adds nothing.
+            return sparse._replace(shared_expert=dense.take(slice(0, self._shared_expert_size())).silent())
+        return sparse
+
+    def _shared_expert_size(self) -> int | None:
+        if self.plan.target.shared_expert == "gated":
+            return self.plan.config.shared_expert_intermediate_size
+        return self.plan.sizes.shared_expert
+
+    def _named(self, shared_expert: FeedForward) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of the shared expert by name: `gate_proj.weight`, `gate_proj.bias`, ..."""
+        for field, tensor in zip(FeedForward._fields, shared_expert, strict=True):
+            if tensor is not None:
+                module, kind = field.split("_")
+                kind = "weight" if kind == "proj" else kind
+                yield f"{self.layer}{self.layout.block}.shared_expert.{module}_proj.{kind}", tensor
+
+    @property
+    def _layer_in_backbone(self) -> str:
+        return self.layer.removeprefix(self.backbone)
+
+    def _read_backbone(self, name: str) -> torch.Tensor | None:
+        name = self.backbone + name
+        return self.dense.read(name) if name in self.dense.info else None
 
 
-def _inert(dense: FeedForward, size: int) -> FeedForward:
-    """A shared expert that adds nothing, for a class that insists on having one: its down-projection is zero."""
-    return FeedForward(dense.gate_proj[:size], dense.up_proj[:size], torch.zeros_like(dense.down_proj[:, :size]))
+def in_memory_names(names: list[str], model: PreTrainedModel) -> dict[str, str]:
+    """
+    What transformers calls the tensors of a checkpoint once they are loaded into `model`, by their names on disk.
+
+    Checkpoints may have been saved by another release, or by a class with another head: GPT-2's have no
+    `transformer.`, ViT's layers had other names.
+    """
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    state_dict = model.state_dict()
+    return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state_dict)[0] for name in names}
 
 
-def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig) -> list[str]:
+def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
     """Names to convert, in the order of the dense class."""
-    model = meta_model(dense_class(dense_config), dense_config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.all_tied_weights_keys if dense_config.tie_word_embeddings else {}
     for name, other in tied.items():
@@ -165,10 +204,11 @@ def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig) -> list[st
                 f"The configuration ties {name!r} to {other!r}, but the checkpoint holds different values for the two. Set "
                 "tie_word_embeddings to what the model was trained with."
             )
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
     unexpected = [
         name
         for name in dense.info
-        if name not in expected and name not in tied and not name.endswith("rotary_emb.inv_freq")
+        if name not in expected and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
     ]
     if missing := [name for name in expected if name not in dense.info]:
         raise UpcycleError(

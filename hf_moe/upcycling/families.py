@@ -6,7 +6,7 @@ Which dense models can be upcycled, and into what.
 native classes of transformers that can represent the result, best first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,9 @@ from ..models.configuration_moe_llama import MoeLlamaConfig
 from ..models.configuration_moe_mistral import MoeMistralConfig
 from ..models.configuration_moe_qwen2 import MoeQwen2Config
 from ..models.configuration_moe_qwen3 import MoeQwen3Config
+from .feed_forward import FeedForwardNames
 from .layouts import FusedLayout, PerExpertLayout
+from .router_init import RouterInput
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Target:
         config_class (`type`): Its configuration.
         layout: Names and arrangement of a sparse layer's tensors on disk.
         prefix (`str`): What the names of its model classes start with, e.g. `"Mixtral"`.
+        block (`str`): What a layer in memory calls its sparse block; on disk the layout says so.
         native (`bool`): Whether it belongs to transformers.
         neutral (`dict[str, Any]`): Dense fields for which the class has no place, with the value that changes nothing.
         ignored (`tuple[str, ...]`): Dense fields for which it has no place and needs none.
@@ -43,12 +46,15 @@ class Target:
         expert_size_field (`str`): Name of the field that holds the intermediate size of one expert.
         dense_layers (`bool`): Whether some layers can stay dense.
         shared_expert (`str`): `"none"`, `"optional"`, or `"gated"` if there always is one behind a sigmoid gate.
+        mixed_layers (`bool`): Whether its layers can have different numbers of experts.
+        biased_experts (`bool`): Whether its experts can have biases.
         refuses (`Callable`, *optional*): A further condition on the dense configuration; returns the reason or None.
     """
 
     config_class: type[PreTrainedConfig]
     layout: FusedLayout | PerExpertLayout
     prefix: str
+    block: str = "mlp"
     native: bool = False
     neutral: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -57,7 +63,12 @@ class Target:
     expert_size_field: str = "moe_intermediate_size"
     dense_layers: bool = True
     shared_expert: str = "optional"
+    mixed_layers: bool = False
+    biased_experts: bool = False
     refuses: Callable[[Any], str | None] | None = None
+
+
+LLAMA_FEED_FORWARD = FeedForwardNames(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -69,20 +80,54 @@ class Family:
         prefix (`str`): What the names of its model classes start with, e.g. `"Llama"`.
         target (`Target`): The class of hf_moe.
         native_targets (`tuple[Target, ...]`): Classes of transformers, best first.
-        feed_forward (`tuple[str, str, str]`): Names of gate, up and down in a layer.
-        router_input_norm (`str`): Name of the norm whose output the feed-forward sees.
+        heads (`dict[str, str]`): What the dense classes' names end in, where that is not what ours end in.
+        layers (`str`): Where the backbone keeps its layers.
+        feed_forward (`FeedForwardNames`): Where a layer keeps its feed-forward.
+        router_input: From the function that reads a tensor of the backbone, the layer's name with a dot at the end and its
+            index to what is known of the states that the feed-forward sees, see [`after_norm`].
     """
 
     prefix: str
     target: Target
-    native_targets: tuple[Target, ...]
-    feed_forward: tuple[str, str, str] = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-    router_input_norm: str = "post_attention_layernorm.weight"
+    native_targets: tuple[Target, ...] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
+    layers: str = "layers"
+    feed_forward: FeedForwardNames = LLAMA_FEED_FORWARD
+    router_input: Callable[["ReadTensor", str, int], RouterInput] = field(
+        default_factory=lambda: after_norm("post_attention_layernorm")
+    )
+
+
+ReadTensor = Callable[[str], Any]  # a tensor, or None if there is none of that name
+
+
+def after_norm(name: str, *, offset: float = 0.0) -> Callable[[ReadTensor, str, int], RouterInput]:
+    """
+    The feed-forward sees the output of the norm `name`, a normalised state times `offset` plus the norm's weight.
+
+    A normalised state has as many independent values of variance 1 as there are weights, so the expected squared length
+    is that of the weights. The bias of a LayerNorm shifts every state alike.
+    """
+
+    def router_input(read: ReadTensor, layer: str, layer_index: int) -> RouterInput:
+        weight = read(f"{layer}{name}.weight")
+        length = (weight.detach().cpu().double() + offset).norm().item()
+        shift = read(f"{layer}{name}.bias")
+        return RouterInput(len(weight), length, None if shift is None else shift.detach().cpu())
+
+    return router_input
 
 
 def _own_target(config_class: type[PreTrainedConfig]) -> Target:
     prefix = config_class.__name__.removesuffix("Config")
-    return Target(config_class, FusedLayout(), prefix, extra_fields=("head_dim", "layer_types"))
+    return Target(
+        config_class,
+        FusedLayout(),
+        prefix,
+        extra_fields=("head_dim", "layer_types"),
+        mixed_layers=True,
+        biased_experts=True,
+    )
 
 
 def _layer_types_refused(config: MistralConfig) -> str | None:

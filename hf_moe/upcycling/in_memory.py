@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .convert import DenseTensors, plan_steps
+from .errors import UpcycleError
 from .layouts import FusedLayout
 from .plan import plan_upcycle
-from .recipe import UpcycleConfig, UpcycleError
+from .recipe import UpcycleConfig
 from .targets import dense_class, find_family, find_head, target_class
 
 
@@ -60,7 +61,7 @@ def upcycle_model(model: PreTrainedModel, config: UpcycleConfig | None = None) -
             plan.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     parameters = dict(result.named_parameters())
-    for step in plan_steps(dense, dense_config, plan, recipe, FusedLayout()):
+    for step in plan_steps(dense, dense_config, plan, recipe, FusedLayout(plan.target.block)):
         for name, (dtype, _) in step.tensors.items():
             parameters[name].data = parameters[name].data.to(dtype)
         for piece in step.pieces():

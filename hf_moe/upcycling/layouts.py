@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .methods import FeedForward
+from .feed_forward import FeedForward
 
 
 class Piece(NamedTuple):
@@ -23,46 +23,95 @@ class Piece(NamedTuple):
     tensor: torch.Tensor
 
 
+class FusedExpert(NamedTuple):
+    """
+    One expert as transformers' MoE classes compute with it, and the biases, if it has any.
+
+    `up_proj` is `(2 * I, H)` with the gate's rows first, or `(I, H)` without a gate; `down_proj` is `(H, I)`.
+    """
+
+    up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+ReadRows = Callable[[str, int | None], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class FusedLayout:
-    """All experts in two tensors: `experts.gate_up_proj` `(E, 2 * I, H)`, gate first, and `experts.down_proj`."""
+    """
+    All experts in two tensors: `experts.gate_up_proj` `(E, 2 * I, H)`, gate first, and `experts.down_proj`.
+
+    Without a gate the first is `experts.up_proj` `(E, I, H)`; biases have the names of their weights and `_bias`.
+
+    Args:
+        block (`str`): Name of the sparse block in a layer.
+        gate_up (`str`), down (`str`), router (`str`): Names of the tensors in the block.
+    """
 
     block: str = "mlp"
+    gate_up: str = "experts.gate_up_proj"
+    down: str = "experts.down_proj"
+    router: str = "gate.weight"
 
     def shapes(self, layer: str, num_experts: int, expert: FeedForward) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the experts' tensors; `layer` ends in a dot."""
-        intermediate_size, hidden_size = expert.gate_proj.shape
-        return {
-            f"{layer}{self.block}.experts.gate_up_proj": (num_experts, 2 * intermediate_size, hidden_size),
-            f"{layer}{self.block}.experts.down_proj": (num_experts, hidden_size, intermediate_size),
-        }
+        rows = (2 if expert.is_gated else 1) * expert.intermediate_size
+        up, down = self._names(layer, expert.is_gated)
+        shapes: dict[str, tuple[int, ...]] = {up: (num_experts, rows, expert.hidden_size)}
+        if expert.up_bias is not None:
+            shapes[f"{up}_bias"] = (num_experts, rows)
+        shapes[down] = (num_experts, expert.hidden_size, expert.intermediate_size)
+        if expert.down_bias is not None:
+            shapes[f"{down}_bias"] = (num_experts, expert.hidden_size)
+        return shapes
 
     def pieces(self, layer: str, expert_index: int, expert: FeedForward) -> Iterator[Piece]:
         """Where the weights of one expert go."""
-        size = expert.gate_proj.numel()
-        gate_up = f"{layer}{self.block}.experts.gate_up_proj"
-        yield Piece(gate_up, 2 * expert_index * size, expert.gate_proj)
-        yield Piece(gate_up, (2 * expert_index + 1) * size, expert.up_proj)
-        yield Piece(f"{layer}{self.block}.experts.down_proj", expert_index * size, expert.down_proj)
+        up, down = self._names(layer, expert.is_gated)
+        groups = {
+            up: (expert.gate_proj, expert.up_proj),
+            f"{up}_bias": (expert.gate_bias, expert.up_bias),
+            down: (expert.down_proj,),
+            f"{down}_bias": (expert.down_bias,),
+        }
+        for name, parts in groups.items():
+            tensors = [tensor for tensor in parts if tensor is not None]
+            offset = expert_index * sum(tensor.numel() for tensor in tensors)
+            for tensor in tensors:
+                yield Piece(name, offset, tensor)
+                offset += tensor.numel()
 
-    def read(
-        self, read_rows: Callable[[str, int | None], torch.Tensor], layer: str, expert_index: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(gate_up (2 * I, H), down (H, I))` of one expert; `read_rows(name, i)` gives row i of a tensor, or all of it."""
-        return (
-            read_rows(f"{layer}{self.block}.experts.gate_up_proj", expert_index),
-            read_rows(f"{layer}{self.block}.experts.down_proj", expert_index),
-        )
+    def read(self, read_rows: ReadRows, layer: str, expert_index: int, is_gated: bool, has_bias: bool) -> FusedExpert:
+        """One expert; `read_rows(name, i)` gives row i of a tensor, or all of it."""
+        names = self._names(layer, is_gated)
+        weights = [read_rows(name, expert_index) for name in names]
+        biases = [read_rows(f"{name}_bias", expert_index) if has_bias else None for name in names]
+        return FusedExpert(*weights, *biases)
+
+    def _names(self, layer: str, is_gated: bool) -> tuple[str, str]:
+        up = self.gate_up if is_gated else self.gate_up.replace("gate_up", "up")
+        return f"{layer}{self.block}.{up}", f"{layer}{self.block}.{self.down}"
 
 
 @dataclass(frozen=True)
 class PerExpertLayout:
-    """Three tensors per expert: `<block>.experts.<e>.<gate>.weight` and so on."""
+    """
+    Three tensors per expert: `<block>.experts.<e>.<gate>.weight` and so on; gated experts without biases only.
+
+    Args:
+        block (`str`): Name of the sparse block in a layer.
+        gate (`str`), up (`str`), down (`str`): Names of an expert's matrices.
+        router (`str`): Name of the router's weight in the block.
+    """
 
     block: str
     gate: str
     up: str
     down: str
+    router: str = "gate.weight"
 
     def shapes(self, layer: str, num_experts: int, expert: FeedForward) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the experts' tensors; `layer` ends in a dot."""
@@ -74,15 +123,13 @@ class PerExpertLayout:
 
     def pieces(self, layer: str, expert_index: int, expert: FeedForward) -> Iterator[Piece]:
         """Where the weights of one expert go."""
-        for projection, tensor in zip((self.gate, self.up, self.down), expert, strict=True):
+        for projection, tensor in zip((self.gate, self.up, self.down), expert[:3], strict=True):
             yield Piece(f"{layer}{self.block}.experts.{expert_index}.{projection}.weight", 0, tensor)
 
-    def read(
-        self, read_rows: Callable[[str, int | None], torch.Tensor], layer: str, expert_index: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(gate_up (2 * I, H), down (H, I))` of one expert; `read_rows(name, None)` gives a tensor."""
+    def read(self, read_rows: ReadRows, layer: str, expert_index: int, is_gated: bool, has_bias: bool) -> FusedExpert:
+        """One expert; `read_rows(name, None)` gives a tensor."""
         gate, up, down = (
             read_rows(f"{layer}{self.block}.experts.{expert_index}.{projection}.weight", None)
             for projection in (self.gate, self.up, self.down)
         )
-        return torch.cat([gate, up]), down
+        return FusedExpert(torch.cat([gate, up]), down)

@@ -2,93 +2,392 @@
 """
 The ways to make experts out of one dense feed-forward.
 
-A method is one function from a [`FeedForward`] to a [`SparseLayer`], decorated with [`upcycling_method`], which enters
-it in `METHODS` with its reference and the condition under which the result computes what the dense model computes.
+A method is one function from a [`FeedForward`] and a [`LayerContext`] to a [`SparseLayer`], decorated with
+[`upcycling_method`], which enters it in `METHODS` with its paper, its cost, the sizes of its experts and the condition
+under which the result computes what the dense model computes.
 
-Shapes: H hidden size, I intermediate size; gate and up are `(I, H)`, down is `(H, I)`.
+Letters: E routed experts, K of them per token, I intermediate size of the dense feed-forward, G granularity.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
+
+from .errors import UpcycleError
+from .feed_forward import FeedForward, LayerContext, LayerSizes, SparseLayer
+from .partition import partition_neurons
 
 
 if TYPE_CHECKING:
     from .recipe import UpcycleConfig
 
 
-class FeedForward(NamedTuple):
-    """The weights of one gated feed-forward: gate `(I, H)`, up `(I, H)`, down `(H, I)`."""
-
-    gate_proj: torch.Tensor
-    up_proj: torch.Tensor
-    down_proj: torch.Tensor
-
-
-class SparseLayer(NamedTuple):
-    """
-    What takes the place of a dense feed-forward.
-
-    `expert(e)` makes the weights of expert e when they are asked for, so that memory does not grow with their number;
-    it gives the same values each time.
-    """
-
-    expert: Callable[[int], FeedForward]
-    shared_expert: FeedForward | None = None
-
-
 @dataclass(frozen=True)
 class Method:
-    """An entry of `METHODS`. `inexact_because(config)` is None when the method preserves the function, else the reason."""
+    """
+    An entry of `METHODS`.
 
+    Args:
+        build: Makes the sparse layer.
+        cost (`str`): What the method costs in parameters and in operations per token, in words.
+        paper (`str`, *optional*): Where it was proposed.
+        inexact_because: From the recipe, the data type of the weights and whether the feed-forward has a gate to None if
+            the method preserves the function, else the reason why it does not.
+        sizes: From the recipe, E and I to the sizes of the experts; refuses what does not divide.
+        noise_is_silent (`bool`): Whether `expert_noise` leaves the output as it is.
+    """
+
+    build: Callable[[FeedForward, LayerContext], SparseLayer]
+    cost: str
     paper: str | None
-    inexact_because: Callable[["UpcycleConfig"], str | None]
-    build: Callable[[FeedForward, "UpcycleConfig", int], SparseLayer]
+    inexact_because: Callable[["UpcycleConfig", torch.dtype, bool], str | None]
+    sizes: Callable[["UpcycleConfig", int, int], LayerSizes]
+    noise_is_silent: bool
 
 
 METHODS: dict[str, Method] = {}
 
 
 def upcycling_method(
-    name: str, *, inexact_because: Callable[["UpcycleConfig"], str | None], paper: str | None = None
+    name: str,
+    *,
+    cost: str,
+    inexact_because: Callable[["UpcycleConfig", torch.dtype, bool], str | None],
+    sizes: Callable[["UpcycleConfig", int, int], LayerSizes] = lambda recipe, num_experts, size: LayerSizes(size),
+    paper: str | None = None,
+    noise_is_silent: bool = False,
 ) -> Callable:
-    """Enter the decorated function in `METHODS`; its arguments are the feed-forward, the recipe and the layer's index."""
+    """Enter the decorated function in `METHODS`; the arguments are those of [`Method`]."""
 
-    def register(build):
+    def register(build: Callable[[FeedForward, LayerContext], SparseLayer]):
         if name in METHODS:
             raise ValueError(f"There is a method {name!r} already.")
-        METHODS[name] = Method(paper, inexact_because, build)
+        METHODS[name] = Method(build, cost, paper, inexact_because, sizes, noise_is_silent)
         return build
 
     return register
 
 
+def inexact_because(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
+    """Why the result will not compute what the dense model computes; None if it will."""
+    method = METHODS[recipe.method]
+    reason = method.inexact_because(recipe, dtype, is_gated)
+    if reason is None and recipe.expert_noise and not method.noise_is_silent:
+        return f"noise is added to the experts (expert_noise={recipe.expert_noise})"
+    return reason
+
+
+def build_sparse_layer(dense: FeedForward, context: LayerContext) -> SparseLayer:
+    """What the recipe's method makes of one dense feed-forward, noise included."""
+    recipe = context.recipe
+    layer = METHODS[recipe.method].build(dense, context)
+    if not recipe.expert_noise:
+        return layer
+    return layer._replace(expert=lambda e: _with_noise(layer.expert(e), recipe.expert_noise, context, e))
+
+
+def _with_noise(expert: FeedForward, relative_std: float, context: LayerContext, expert_index: int) -> FeedForward:
+    """The expert with normal noise whose standard deviation is `relative_std` times that of each tensor."""
+
+    def disturb(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(tensor.shape, generator=context.generator(expert_index, f"noise/{name}"))
+        weights = tensor.float()
+        return (weights + noise.to(weights.device) * (relative_std * weights.std(correction=0))).to(tensor.dtype)
+
+    return expert.map(disturb)
+
+
+# --- Exact methods ---------------------------------------------------------------------------------------------------
+
+
+def _copy_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
+    if recipe.norm_topk_prob:
+        return None
+    if recipe.router_init != "zero":
+        return (
+            "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False); only a router of zeros is exact"
+        )
+    scales = {num_experts / recipe.num_experts_per_tok for num_experts in recipe.expert_counts}
+    return next((reason for scale in scales if (reason := _scaling_rounds(recipe, scale, dtype, is_gated))), None)
+
+
 @upcycling_method(
     "copy",
     paper="https://huggingface.co/papers/2212.05055",
-    inexact_because=lambda config: (
-        None if config.norm_topk_prob else "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False)"
-    ),
+    cost="E times the parameters and K times the operations of the feed-forward",
+    inexact_because=_copy_is_inexact,
 )
-def copy(dense: FeedForward, config: "UpcycleConfig", layer_index: int) -> SparseLayer:
+def copy(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     Sparse upcycling: every expert is the dense feed-forward.
 
     With weights that sum to 1 this is exact for any router. It also makes the router's gradient from the language
-    model's loss zero until the experts differ: train with the load-balancing loss on.
+    model's loss zero until the experts differ: train with the load-balancing loss on. Without `norm_topk_prob` the K
+    weights of a router of zeros sum to K / E, which the experts make up for.
     """
+    recipe = context.recipe
+    if not recipe.norm_topk_prob:
+        dense = scale_output(dense, context.num_experts / recipe.num_experts_per_tok, recipe.scale_on)
     return SparseLayer(expert=lambda expert_index: dense)
 
 
-@upcycling_method("residual", inexact_because=lambda config: None)
-def residual(dense: FeedForward, config: "UpcycleConfig", layer_index: int) -> SparseLayer:
+def _residual_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
+    return LayerSizes(_shard_size(recipe, size), shared_expert=size)
+
+
+@upcycling_method(
+    "residual",
+    cost="1 + E / G times the parameters and 1 + K / G times the operations of the feed-forward",
+    inexact_because=lambda recipe, dtype, is_gated: None,
+    sizes=_residual_sizes,
+    noise_is_silent=True,
+)
+def residual(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
-    The dense feed-forward stays as shared expert; routed experts share its gate and up and start with down = 0.
+    The dense feed-forward stays as shared expert; routed experts take its gate and up and start with down = 0.
 
     Like the B matrix of LoRA, the zero makes the routed part silent at first, so this is exact for any router and any
-    weighting. Training moves the down-projections in the first step, and the router from the second.
+    weighting. Training moves the down-projections in the first step, and the router from the second. With a granularity
+    G above 1 each routed expert takes an I / G part of the neurons, drawn without replacement over every G experts.
     """
-    routed = FeedForward(dense.gate_proj, dense.up_proj, torch.zeros_like(dense.down_proj))
-    return SparseLayer(expert=lambda expert_index: routed, shared_expert=dense)
+    granularity = context.recipe.granularity
+    routed = dense.silent()
+    if granularity == 1:
+        return SparseLayer(expert=lambda expert_index: routed, shared_expert=dense)
+    size = dense.intermediate_size // granularity
+
+    def expert(expert_index: int) -> FeedForward:
+        copy_index, shard = divmod(expert_index, granularity)
+        neurons = torch.randperm(dense.intermediate_size, generator=context.generator(copy_index, "residual"))
+        return routed.take(neurons[shard * size : (shard + 1) * size])
+
+    return SparseLayer(expert=expert, shared_expert=dense)
+
+
+def _granular_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
+    if not recipe.norm_topk_prob:
+        return "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False)"
+    return _scaling_rounds(recipe, recipe.granularity, dtype, is_gated)
+
+
+def _granular_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
+    granularity = recipe.granularity
+    for field, value in (("num_experts", num_experts), ("num_experts_per_tok", recipe.num_experts_per_tok)):
+        if value % granularity:
+            raise UpcycleError(
+                f"Method 'granular' needs `{field}` to be a multiple of `granularity` ({granularity}), so that a token gets "
+                f"every part of a copy or none; got {value}."
+            )
+    return LayerSizes(_shard_size(recipe, size), experts_per_copy=granularity)
+
+
+@upcycling_method(
+    "granular",
+    paper="https://huggingface.co/papers/2410.07524",
+    cost="E / G times the parameters and K / G times the operations of the feed-forward",
+    inexact_because=_granular_is_inexact,
+    sizes=_granular_sizes,
+)
+def granular(dense: FeedForward, context: LayerContext) -> SparseLayer:
+    """
+    Virtual groups: each of E / G copies of the feed-forward is cut into G experts, which share a row of the router.
+
+    A token whose K / G best rows are chosen gets whole copies, each part with a weight of 1 / G of the copy's; the
+    experts make up for the G. Without `norm_topk_prob` the factor is that for a router of zeros, E * G / K.
+    """
+    recipe = context.recipe
+    size = dense.intermediate_size // recipe.granularity
+    scale = recipe.granularity * (1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok)
+    scaled = scale_output(dense, scale, recipe.scale_on)
+
+    def expert(expert_index: int) -> FeedForward:
+        shard = expert_index % recipe.granularity
+        return scaled.take(slice(shard * size, (shard + 1) * size))
+
+    return SparseLayer(expert=expert)
+
+
+def scale_output(dense: FeedForward, scale: float, scale_on: str) -> FeedForward:
+    """
+    Multiply what the neurons add to the output by `scale`; the output bias stays.
+
+    `"up_down"` shares the factor out between the two matrices in which the output is linear: up and down with a gate,
+    down alone without. A power of two is split into two, which no data type rounds. `"down"` scales down alone.
+    `"megatron"` takes the same root of the factor for all matrices, as Megatron-Core does; the activation is not
+    homogeneous, so that this changes the function.
+    """
+    if scale == 1:
+        return dense
+    factors = dict.fromkeys(("gate", "up", "down"), 1.0)
+    if scale_on == "megatron":
+        factors = dict.fromkeys(factors, scale ** (1 / 3 if dense.is_gated else 1 / 2))
+    elif scale_on == "up_down" and dense.is_gated:
+        exponent = math.log2(scale)
+        half = exponent // 2 if exponent.is_integer() else exponent / 2
+        factors |= {"up": 2**half, "down": 2 ** (exponent - half)}
+    else:
+        factors["down"] = scale
+
+    def multiply(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        factor = factors[name.partition("_")[0]]
+        return tensor if name == "down_bias" or factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+
+    return dense.map(multiply)
+
+
+def _scaling_rounds(recipe: "UpcycleConfig", scale: float, dtype: torch.dtype, is_gated: bool) -> str | None:
+    """Why multiplying the output by `scale` is not exact; None if it is."""
+    if scale == 1:
+        return None
+    if recipe.scale_on == "megatron":
+        return "scale_on='megatron' also scales what goes through the activation"
+    if not math.log2(scale).is_integer() and dtype not in (torch.float32, torch.float64):
+        return f"weights scaled by {scale:g}, which is no power of two, are rounded to {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _shard_size(recipe: "UpcycleConfig", size: int) -> int:
+    if size % recipe.granularity:
+        raise UpcycleError(
+            f"`granularity` ({recipe.granularity}) must divide the dense intermediate size ({size}); its divisors up to 64 "
+            f"are {[divisor for divisor in range(1, 65) if size % divisor == 0]}."
+        )
+    return size // recipe.granularity
+
+
+# --- Methods that change the function --------------------------------------------------------------------------------
+
+
+@upcycling_method(
+    "drop",
+    paper="https://huggingface.co/papers/2502.19261",
+    cost="E times the parameters and K times the operations of the feed-forward",
+    inexact_because=lambda recipe, dtype, is_gated: (
+        f"a part of every expert is initialised anew (reinit_ratio={recipe.reinit_ratio})"
+        if recipe.reinit_ratio
+        else None
+    ),
+)
+def drop(dense: FeedForward, context: LayerContext) -> SparseLayer:
+    """
+    Drop-Upcycling: in every copy a share `reinit_ratio` of the neurons is drawn anew.
+
+    The new weights are normal with the mean and standard deviation of those they replace. With `index_sets="shared"` the
+    same neurons are replaced in all matrices, as in the paper; `"independent"` draws them for each matrix, as in the
+    script that was released with it, which leaves far fewer neurons intact.
+    """
+    recipe = context.recipe
+    count = math.floor(recipe.reinit_ratio * dense.intermediate_size)
+
+    def expert(expert_index: int) -> FeedForward:
+        def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name == "down_bias":
+                return tensor
+            # A bias goes with the rows of its matrix.
+            purpose = "" if recipe.index_sets == "shared" else name.partition("_")[0]
+            order = torch.randperm(
+                dense.intermediate_size, generator=context.generator(expert_index, f"drop{purpose}")
+            )
+            dimension = 1 if name == "down_proj" else 0
+            index = order[:count].to(tensor.device)
+            old = tensor.index_select(dimension, index)
+            new = _drawn_like(old, context.generator(expert_index, f"drop/{name}"))
+            return tensor.index_copy(dimension, index, new)
+
+        return dense.map(replace) if count else dense
+
+    return SparseLayer(expert=expert)
+
+
+def _drawn_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Normal values with the mean and standard deviation of `tensor`."""
+    values = tensor.float()
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+    return (values.mean() + noise * values.std(correction=0)).to(tensor.dtype)
+
+
+def _qwen_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
+    return LayerSizes(_shard_size(recipe, size))
+
+
+@upcycling_method(
+    "qwen",
+    paper="https://huggingface.co/papers/2407.10671",
+    cost="E / G times the parameters and K / G times the operations of the feed-forward",
+    inexact_because=lambda recipe, dtype, is_gated: (
+        "every expert is a random part of the neurons, half of it drawn anew"
+    ),
+    sizes=_qwen_sizes,
+)
+def qwen(dense: FeedForward, context: LayerContext) -> SparseLayer:
+    """
+    Qwen's fine-grained upcycling: replicate, shuffle, slice, and draw a share `reinit_ratio` of the weights anew.
+
+    As many copies as E experts of size I / G need are shuffled along the neurons, each in its own order, and cut into
+    the experts. In every tensor of an expert, weights chosen one by one are then replaced by normal ones of the same mean
+    and standard deviation.
+    """
+    recipe = context.recipe
+    size = dense.intermediate_size // recipe.granularity
+
+    def expert(expert_index: int) -> FeedForward:
+        copy_index, shard = divmod(expert_index, recipe.granularity)
+        neurons = torch.randperm(dense.intermediate_size, generator=context.generator(copy_index, "qwen"))
+
+        def replace(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if name == "down_bias":
+                return tensor
+            generator = context.generator(expert_index, f"qwen/{name}")
+            chosen = torch.rand(tensor.shape, generator=generator) < recipe.reinit_ratio
+            return torch.where(chosen.to(tensor.device), _drawn_like(tensor, generator), tensor)
+
+        return dense.take(neurons[shard * size : (shard + 1) * size]).map(replace)
+
+    return SparseLayer(expert=expert)
+
+
+def _split_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
+    if any(recipe.num_experts_per_tok < num_experts for num_experts in recipe.expert_counts):
+        return "a token gets a part of the dense neurons only (split with num_experts_per_tok < num_experts)"
+    if recipe.router_init != "zero" or not recipe.norm_topk_prob:
+        return "the experts are weighted unequally; with all of them chosen, router_init='zero' and norm_topk_prob are exact"
+    return _scaling_rounds(recipe, recipe.num_experts_per_tok, dtype, is_gated)
+
+
+def _split_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
+    routed = size - recipe.num_shared_neurons
+    if routed <= 0 or routed % num_experts:
+        raise UpcycleError(
+            f"Method 'split' deals {routed} neurons (the dense intermediate size {size} less num_shared_neurons="
+            f"{recipe.num_shared_neurons}) out to {num_experts} experts, which does not come out even. Choose `num_experts` "
+            "and `num_shared_neurons` so that it does."
+        )
+    return LayerSizes(routed // num_experts, shared_expert=recipe.num_shared_neurons or None)
+
+
+@upcycling_method(
+    "split",
+    paper="https://huggingface.co/papers/2406.16554",
+    cost="the parameters of the feed-forward and K / E times its operations",
+    inexact_because=_split_is_inexact,
+    sizes=_split_sizes,
+)
+def split(dense: FeedForward, context: LayerContext) -> SparseLayer:
+    """
+    The neurons are dealt out to the experts, each to one; `num_shared_neurons` of them form a shared expert.
+
+    Which neuron goes where is decided by [`hf_moe.upcycling.partition.partition_neurons`] after `split_by`. The routed
+    experts are scaled by K, since weights that sum to 1 are 1 / K each when the router has no preference.
+    """
+    recipe = context.recipe
+    groups, shared = partition_neurons(dense, context)
+    scaled = scale_output(dense, recipe.num_experts_per_tok if recipe.norm_topk_prob else 1, recipe.scale_on)
+    shared_expert = None
+    if len(shared):
+        shared_expert = dense.take(shared)
+        if shared_expert.down_bias is not None:  # the routed experts have it already
+            shared_expert = shared_expert._replace(down_bias=torch.zeros_like(shared_expert.down_bias))
+    return SparseLayer(expert=lambda expert_index: scaled.take(groups[expert_index]), shared_expert=shared_expert)

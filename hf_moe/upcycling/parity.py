@@ -23,9 +23,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
 from .checkpoint import Checkpoint
-from .layouts import FusedLayout, PerExpertLayout
+from .convert import in_memory_names
+from .errors import UpcycleError
+from .families import Target
+from .layouts import FusedExpert, FusedLayout, PerExpertLayout
 from .plan import UpcyclePlan
-from .recipe import UpcycleConfig, UpcycleError
+from .recipe import UpcycleConfig
+from .targets import find_family
 
 
 logger = logging.get_logger(__name__)
@@ -51,54 +55,68 @@ The licensee may copy, modify and distribute the work, provided that this notice
 """
 
 
-class Tokens(NamedTuple):
-    """`(1, S)` token ids, and whether they are text."""
+class Sample(NamedTuple):
+    """What both models are given: keyword arguments of `forward`, the number of tokens in them, and whether they are text."""
 
-    ids: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    num_tokens: int
     is_text: bool
 
 
 @dataclass(frozen=True)
-class Result:
-    """The checkpoint under test."""
+class Side:
+    """One of the two checkpoints that are compared, the class that computes it, and the path to its layers."""
 
     model_class: type[PreTrainedModel]
     checkpoint: Checkpoint
-    plan: UpcyclePlan
+    layers: str = "layers"
 
 
-def sample_tokens(dense: Checkpoint, recipe: UpcycleConfig) -> Tokens:
+def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     """
-    A text in the dense model's own tokens, or random ones with a warning if it has no tokenizer that works.
+    A text in the dense model's own tokens; random ones with a warning if it has no tokenizer that works; random images
+    for a model that sees.
 
     They are enough to reach every expert, and longer than the sliding window where that is at most 1024.
     """
+    needed = max(NUM_TOKENS, max(recipe.expert_counts) // recipe.num_experts_per_tok + 1)
+    generator = torch.Generator().manual_seed(0)
+    if hasattr(dense.config, "image_size"):
+        return _random_images(dense.config, needed, generator)
     window = getattr(dense.config, "sliding_window", None) or 0
-    length = max(
-        NUM_TOKENS,
-        window + 32 if window <= 4 * NUM_TOKENS else 0,
-        recipe.num_experts // recipe.num_experts_per_tok + 1,
-    )
+    length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
     length = min(length, dense.config.max_position_embeddings)
-    if any(path.name.startswith("tokenizer") for path in dense.auxiliary_files()):
+    if any(path.name.startswith(("tokenizer", "vocab")) for path in dense.auxiliary_files()):
         try:
             ids = AutoTokenizer.from_pretrained(dense.folder, trust_remote_code=False)(TEXT)["input_ids"]
-            return Tokens(torch.tensor([(ids * (length // len(ids) + 1))[:length]]), True)
+            return Sample({"input_ids": torch.tensor([(ids * (length // len(ids) + 1))[:length]])}, length, True)
         except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
             logger.warning(
                 f"The tokenizer of {dense.source} does not load; random tokens are compared instead. ({error})"
             )
     else:
         logger.warning(f"{dense.source} has no tokenizer: none is copied, and random tokens are compared.")
-    generator = torch.Generator().manual_seed(0)
-    return Tokens(torch.randint(dense.config.vocab_size, (1, length), generator=generator), False)
+    ids = torch.randint(dense.config.vocab_size, (1, length), generator=generator)
+    return Sample({"input_ids": ids}, length, False)
+
+
+def _random_images(config: PreTrainedConfig, num_tokens: int, generator: torch.Generator) -> Sample:
+    def pair(size: Any) -> tuple[int, int]:
+        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+    height, width = pair(config.image_size)
+    patch_height, patch_width = pair(config.patch_size)
+    tokens_per_image = (height // patch_height) * (width // patch_width) + 1
+    count = -(-num_tokens // tokens_per_image)
+    images = torch.randn(count, config.num_channels, height, width, generator=generator)
+    return Sample({"pixel_values": images}, count * tokens_per_image, False)
 
 
 def measure_parity(
-    dense_class: type[PreTrainedModel],
-    dense: Checkpoint,
-    result: Result,
-    tokens: Tokens,
+    dense: Side,
+    result: Side,
+    plan: UpcyclePlan,
+    sample: Sample,
     *,
     whole_model: bool = True,
     progress: bool = True,
@@ -106,27 +124,28 @@ def measure_parity(
     """
     Compare the result with the dense model on one text, in float32 and in the type of the weights.
 
-    Each sparse block gets what the dense feed-forward got. If the method is exact, whatever expert serves a token gives
-    the same, so the tokens are then dealt out to the experts in turn: every expert is looked at, not only those that the
+    Each sparse block gets what the dense feed-forward got. If the method is exact, whatever copy serves a token gives the
+    same, so the tokens are then dealt out to the copies in turn: every expert is looked at, not only those that the
     router happens to choose. The pass of the whole model is routed by the router.
 
     Args:
         whole_model (`bool`, *optional*, defaults to `True`): Whether to compare the model's outputs too.
 
     Returns:
-        `dict`: `num_tokens`, `text` (False where random tokens had to serve), `beyond_window` (whether the tokens reach
+        `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `beyond_window` (whether the tokens reach
         beyond the sliding window; None without one) and per data type `layers` (largest difference of each block's
         output divided by its largest value) and, for the whole model, `max_relative_error` of the logits,
         `top1_agreement` and `kl_divergence` (mean over tokens, in nats).
     """
-    window = getattr(dense.config, "sliding_window", None)
+    dense_config = dense.checkpoint.config
+    window = getattr(dense_config, "sliding_window", None)
     parity: dict[str, Any] = {
-        "num_tokens": tokens.ids.shape[1],
-        "text": tokens.is_text,
-        "beyond_window": tokens.ids.shape[1] > window if window else None,
+        "num_tokens": sample.num_tokens,
+        "text": sample.is_text,
+        "beyond_window": sample.num_tokens > window if window else None,
     }
-    num_layers, num_blocks = dense.config.num_hidden_layers, len(result.plan.sparse_layers)
-    for dtype in dict.fromkeys((torch.float32, dense.config.dtype)):
+    num_layers, num_blocks = dense_config.num_hidden_layers, len(plan.experts_in_layer)
+    for dtype in dict.fromkeys((torch.float32, dense_config.dtype)):
         name = str(dtype).removeprefix("torch.")
         with tqdm(
             total=num_layers + (num_layers if whole_model else num_blocks),
@@ -134,7 +153,7 @@ def measure_parity(
             unit=" layers",
             disable=None if progress else True,
         ) as bar:
-            parity[name] = _compare(dense_class, dense, result, tokens.ids, dtype, whole_model, bar)
+            parity[name] = _compare(dense, result, plan, sample, dtype, whole_model, bar)
     return parity
 
 
@@ -160,33 +179,29 @@ def check_parity(parity: dict[str, Any], folder: Path) -> None:
 
 
 def _compare(
-    dense_class: type[PreTrainedModel],
-    dense: Checkpoint,
-    result: Result,
-    ids: torch.Tensor,
-    dtype: torch.dtype,
-    whole_model: bool,
-    bar: tqdm,
+    dense: Side, result: Side, plan: UpcyclePlan, sample: Sample, dtype: torch.dtype, whole_model: bool, bar: tqdm
 ) -> dict[str, Any]:
-    dense_model = _streamed_model(dense_class, dense.config, _Tensors(dense, dtype), None)
-    captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for index, layer in enumerate(_layers(dense_model)):
-        if index in result.plan.sparse_layers:
-            _capture(layer.mlp, captured, index)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
+    dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
+    names = find_family(dense.checkpoint.config).feed_forward
+    captured: dict[int, list[torch.Tensor]] = {}
+    for index, layer in enumerate(_layers(dense_model, dense)):
+        if index in plan.experts_in_layer:
+            captured[index] = _capture(layer.get_submodule(names.up), layer.get_submodule(names.down))
         _advance_with(layer, bar)
     with torch.no_grad():
-        expected = _output(dense_model(ids))
+        expected = _output(dense_model(**inputs))
         del dense_model
 
-        layout = result.plan.target.layout
-        tensors = _Tensors(result.checkpoint, dtype, layout.block)
-        model = _streamed_model(result.model_class, result.plan.config, tensors, layout)
-        layers = _layers(model)
+        model = streamed_model(result, plan.config, dtype, plan.target)
+        layers = _layers(model, result)
         errors: dict[str, float] = {}
-        for index in result.plan.sparse_layers:
-            block, (block_input, block_output) = layers[index].mlp, captured.pop(index)
-            if result.plan.exact:
-                block.experts.deal_from = ids.shape[1] if whole_model else 0
+        for index in plan.experts_in_layer:
+            block = layers[index].get_submodule(plan.target.block)
+            block_input, block_output = captured.pop(index)
+            if plan.exact:
+                block.experts.experts_per_copy = plan.sizes.experts_per_copy
+                block.experts.deal_from = sample.num_tokens if whole_model else 0
             if whole_model:
                 _compare_on_the_way(block, block_input, block_output, errors, index)
             else:
@@ -196,15 +211,23 @@ def _compare(
         if whole_model:
             for layer in layers:
                 _advance_with(layer, bar)
-            measured |= _compare_outputs(_output(model(ids)), expected)
+            measured |= _compare_outputs(_output(model(**inputs)), expected)
     return measured
 
 
-def _capture(module: torch.nn.Module, captured: dict[int, tuple[torch.Tensor, torch.Tensor]], index: int) -> None:
-    def capture(module, args, output) -> None:
-        captured[index] = (args[0], output)
+def _capture(first: torch.nn.Module, last: torch.nn.Module) -> list[torch.Tensor]:
+    """A list that will hold the input of a feed-forward's first module and the output of its last one."""
+    captured: list[torch.Tensor] = []
 
-    module.register_forward_hook(capture)
+    def capture_input(module, args) -> None:
+        captured.append(args[0])
+
+    def capture_output(module, args, output) -> None:
+        captured.append(output)
+
+    first.register_forward_pre_hook(capture_input)
+    last.register_forward_hook(capture_output)
+    return captured
 
 
 def _advance_with(layer: torch.nn.Module, bar: tqdm) -> None:
@@ -217,17 +240,18 @@ def _advance_with(layer: torch.nn.Module, bar: tqdm) -> None:
 def _compare_on_the_way(
     block: torch.nn.Module, block_input: torch.Tensor, expected: torch.Tensor, errors: dict[str, float], index: int
 ) -> None:
-    """Let the whole model's pass carry the block's own comparison along as a second sequence: each expert is read once."""
+    """Let the whole model's pass carry the block's own comparison along as more sequences: each expert is read once."""
+    count = len(block_input)
 
-    def add_sequence(module, args):
+    def add_sequences(module, args):
         return (torch.cat([args[0], block_input]),)
 
-    def take_sequence(module, args, output):
-        errors[str(index)] = _relative_error(output[1:], expected)
-        return output[:1]
+    def take_sequences(module, args, output):
+        errors[str(index)] = _relative_error(output[count:], expected)
+        return output[:count]
 
-    block.register_forward_pre_hook(add_sequence)
-    block.register_forward_hook(take_sequence)
+    block.register_forward_pre_hook(add_sequences)
+    block.register_forward_hook(take_sequences)
 
 
 def _compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -254,63 +278,68 @@ def _output(outputs: Any) -> torch.Tensor:
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
-def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    return model.base_model.layers
+def _layers(model: PreTrainedModel, side: Side) -> torch.nn.ModuleList:
+    return model.base_model.get_submodule(side.layers)
 
 
 class _Tensors(Mapping):
-    """
-    The tensors of a checkpoint by their names in memory, in one data type, read when asked for.
+    """The tensors of a checkpoint by their names in memory, in one data type, read when asked for."""
 
-    `tied` names give the tensor they are tied to; `block` is what the sparse block, `mlp` in memory, is called on disk.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, block: str = "mlp"):
-        self.checkpoint, self.dtype, self.block = checkpoint, dtype, block
-        self.tied: Mapping[str, str] = {}
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, model: PreTrainedModel):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        names = in_memory_names(list(checkpoint), model)
+        self.name_on_disk = {in_memory: on_disk for on_disk, in_memory in names.items()}
+        if model.config.tie_word_embeddings:
+            tied = model.all_tied_weights_keys
+            self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        name = self.tied.get(name, name).replace(".mlp.", f".{self.block}.")
+        return self.on_disk(self.name_on_disk[name], None)
+
+    def on_disk(self, name: str, row: int | None) -> torch.Tensor:
+        """A tensor, or one row of it, by its name on disk."""
+        if row is not None:
+            return self.checkpoint.read_row(name, row).to(self.dtype)
         return self.checkpoint.read(name, check_finite=False).to(self.dtype)
 
-    def rows(self, name: str, index: int | None) -> torch.Tensor:
-        return self.checkpoint.read_row(name, index).to(self.dtype) if index is not None else self[name]
-
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.checkpoint, *self.tied])
+        return iter(self.name_on_disk)
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self.name_on_disk)
 
 
-def _streamed_model(
-    cls: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    tensors: _Tensors,
-    layout: FusedLayout | PerExpertLayout | None,
+def streamed_model(
+    side: Side, config: PreTrainedConfig, dtype: torch.dtype, target: Target | None = None
 ) -> PreTrainedModel:
-    """A model without weights of its own: each module reads its weights from `tensors` for the time of its forward."""
+    """
+    A model without weights of its own: each module reads its weights from the checkpoint for the time of its forward.
+
+    Args:
+        target (`Target`, *optional*): What the model is, if it is a mixture of experts; its experts are read one by one.
+    """
     config = copy.deepcopy(config)
-    if layout is not None:
+    if target is not None:
         config._experts_implementation = "hf_moe_streamed"
     with init_empty_weights(include_buffers=False):
-        model = cls._from_config(config, dtype=tensors.dtype)
+        model = side.model_class._from_config(config, dtype=dtype)
     model.eval()
-    if config.tie_word_embeddings:
-        tensors.tied = model.all_tied_weights_keys
-    for name, module in model.named_modules():
-        if layout is not None and name.endswith("mlp.experts"):
-            module.read_expert = _expert_reader(tensors, layout, name.removesuffix("mlp.experts"))
-            module._parameters.clear()
-            module.deal_from = None
+    tensors = _Tensors(side.checkpoint, dtype, model)
+    if target is not None:
+        for name, module in model.named_modules():
+            if name.endswith(f"{target.block}.experts"):
+                module.read_expert = _expert_reader(tensors, target.layout, name, module)
+                module._parameters.clear()
+                module.deal_from = None
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     return model
 
 
 def _expert_reader(
-    tensors: _Tensors, layout: FusedLayout | PerExpertLayout, layer: str
-) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-    return lambda expert_index: layout.read(tensors.rows, layer, expert_index)
+    tensors: _Tensors, layout: FusedLayout | PerExpertLayout, name: str, experts: torch.nn.Module
+) -> Callable[[int], FusedExpert]:
+    layer = name.removesuffix("experts").rpartition(".")[0].rpartition(".")[0] + "."
+    return lambda expert_index: layout.read(tensors.on_disk, layer, expert_index, experts.has_gate, experts.has_bias)
 
 
 def _streamed_experts_forward(
@@ -319,19 +348,21 @@ def _streamed_experts_forward(
     """
     The arithmetic of transformers' grouped_mm, with the weights of one expert in memory at a time.
 
-    From row `self.deal_from` on, tokens are dealt out to the experts in turn instead of being routed.
+    From row `self.deal_from` on, tokens are dealt out to the copies in turn instead of being routed.
     """
     if self.deal_from is not None:
-        dealt = (
-            torch.arange(top_k_index[self.deal_from :].numel()).reshape(-1, top_k_index.shape[1]) % self.num_experts
-        )
-        top_k_index = torch.cat([top_k_index[: self.deal_from], dealt])
+        size = self.experts_per_copy
+        dealt_rows = top_k_index[self.deal_from :]
+        copies = torch.arange(dealt_rows.numel() // size) % (self.num_experts // size)
+        dealt = copies[:, None] * size + torch.arange(size)
+        top_k_index = torch.cat([top_k_index[: self.deal_from], dealt.reshape(dealt_rows.shape)])
     slots = torch.empty(*top_k_index.shape, hidden_states.shape[-1], dtype=hidden_states.dtype)
     for expert_index in top_k_index.unique().tolist():
-        gate_up_proj, down_proj = self.read_expert(expert_index)
+        expert = self.read_expert(expert_index)
         token, slot = torch.where(top_k_index == expert_index)
-        hidden = self._apply_gate(F.linear(hidden_states[token], gate_up_proj))
-        slots[token, slot] = F.linear(hidden, down_proj)
+        hidden = F.linear(hidden_states[token], expert.up_proj, expert.up_bias)
+        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+        slots[token, slot] = F.linear(hidden, expert.down_proj, expert.down_bias)
     return (slots * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 

@@ -13,17 +13,20 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import read_config
-from .families import Target
-from .methods import METHODS, FeedForward
+from .errors import UpcycleError
+from .families import Family, Target
+from .feed_forward import FeedForward, LayerSizes
+from .methods import METHODS, inexact_because
 from .recipe import UpcycleConfig
 from .targets import (
     build_config,
-    build_sparse_layer,
     choose_target,
     dense_class,
     find_family,
     find_head,
     find_sparse_layers,
+    layer_prefix,
+    meta_model,
     target_class,
 )
 
@@ -46,7 +49,8 @@ class UpcyclePlan:
         flops_per_token (`int`): Floating-point operations of one token's forward pass in matrix products with weights:
             attention scores, which depend on the length of the context, are left out.
         dense_flops_per_token (`int`): The same for the dense model.
-        sparse_layers (`list[int]`): Indices of the converted layers.
+        experts_in_layer (`dict[int, int]`): Number of routed experts by the index of every converted layer.
+        sizes (`LayerSizes`): Sizes of the experts.
         target (`Target`): Entry of the family table that was chosen.
         config (`PreTrainedConfig`): Configuration of the result.
     """
@@ -62,13 +66,20 @@ class UpcyclePlan:
     bytes: int
     flops_per_token: int
     dense_flops_per_token: int
-    sparse_layers: list[int]
+    experts_in_layer: dict[int, int]
+    sizes: LayerSizes
     target: Target
     config: PreTrainedConfig
 
+    @property
+    def sparse_layers(self) -> list[int]:
+        """Indices of the converted layers."""
+        return list(self.experts_in_layer)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, without the configuration itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("target", "config")}
+        values = {name: value for name, value in vars(self).items() if name not in ("target", "config")}
+        return {**values, "sizes": self.sizes._asdict(), "sparse_layers": self.sparse_layers}
 
 
 def plan_upcycle(
@@ -87,57 +98,66 @@ def plan_upcycle(
     """
     recipe = config or UpcycleConfig()
     dense_config = source if isinstance(source, PreTrainedConfig) else read_config(source, revision)
-    find_family(dense_config)
+    family = find_family(dense_config)
     head = find_head(dense_config)
-    hidden_size, intermediate_size = dense_config.hidden_size, dense_config.intermediate_size
-    layer = build_sparse_layer(meta_feed_forward(hidden_size, intermediate_size), recipe, 0)
-    target = choose_target(dense_config, recipe, layer)
-    target_config = build_config(target, dense_config, recipe, layer)
-    sparse_layers = find_sparse_layers(dense_config, recipe)
-
     dense_model = meta_model(dense_class(dense_config), dense_config)
+    dense = _meta_feed_forward(dense_model, layer_prefix(family, dense_model), family)
+    experts_in = find_sparse_layers(dense_config, recipe)
+    sizes = _sizes(recipe, list(experts_in.values()), dense.intermediate_size)
+    target = choose_target(dense_config, recipe, dense, sizes)
+    target_config = build_config(target, dense_config, recipe, sizes)
+
     model = meta_model(target_class(target, head), target_config)
     num_parameters = model.num_parameters()
-    expert_size = sum(tensor.numel() for tensor in layer.expert(0))
-    idle = len(sparse_layers) * (recipe.num_experts - recipe.num_experts_per_tok) * expert_size
-    inexact_because = METHODS[recipe.method].inexact_because(recipe)
+    idle_experts = sum(count - recipe.num_experts_per_tok for count in experts_in.values())
+    expert = dense.take(slice(0, sizes.expert))
+    idle = idle_experts * expert.numel
+    idle_weights = idle_experts * sum(tensor.numel() for tensor in expert[:3] if tensor is not None)
+    reason = inexact_because(recipe, dense_config.dtype or torch.float32, dense.is_gated)
     return UpcyclePlan(
         model_type=target_config.model_type,
         architecture=type(model).__name__,
         native=target.native,
-        exact=inexact_because is None,
-        inexact_because=inexact_because,
+        exact=reason is None,
+        inexact_because=reason,
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - idle,
         num_dense_parameters=dense_model.num_parameters(),
         bytes=num_parameters * (dense_config.dtype or torch.float32).itemsize,
-        flops_per_token=_matrix_flops(model) - 2 * idle,
+        flops_per_token=_matrix_flops(model) - 2 * idle_weights,
         dense_flops_per_token=_matrix_flops(dense_model),
-        sparse_layers=sparse_layers,
+        experts_in_layer=experts_in,
+        sizes=sizes,
         target=target,
         config=target_config,
     )
 
 
-def meta_feed_forward(hidden_size: int, intermediate_size: int) -> FeedForward:
-    """A feed-forward without values, to ask a method for shapes."""
-    up = torch.empty(intermediate_size, hidden_size, device="meta")
-    return FeedForward(up, up, up.T)
+def _meta_feed_forward(model: PreTrainedModel, layers: str, family: Family) -> FeedForward:
+    """The feed-forward of the first layer without values."""
+    tensors = model.state_dict()
+    return family.feed_forward.read(f"{layers}0.", tensors)
 
 
-def meta_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without values, to ask for names, shapes and counts."""
-    with torch.device("meta"):
-        return cls(config)
+def _sizes(recipe: UpcycleConfig, expert_counts: list[int], intermediate_size: int) -> LayerSizes:
+    """What the method makes of every layer; a model has one size of experts."""
+    sizes = {METHODS[recipe.method].sizes(recipe, count, intermediate_size) for count in expert_counts}
+    if len(sizes) > 1:
+        raise UpcycleError(
+            f"Method {recipe.method!r} makes experts of different sizes when the layers have different numbers of them "
+            f"(num_experts={recipe.num_experts}). All experts of a model have one size: give one number."
+        )
+    return sizes.pop()
 
 
 def _matrix_flops(model: PreTrainedModel) -> int:
     """Two operations per weight of every matrix that multiplies a token, each expert once."""
-    matrices = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() >= 2}
-    embedding = model.get_input_embeddings().weight
-    looked_up = [name for name, parameter in model.named_parameters() if parameter is embedding]
     output = model.get_output_embeddings()
-    if output is None or output.weight is not embedding:
-        for name in looked_up:
-            del matrices[name]
-    return 2 * sum(matrices.values())
+    looked_up = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    if output is not None:
+        looked_up.discard(output.weight)
+    return 2 * sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and not name.endswith("bias") and parameter not in looked_up
+    )

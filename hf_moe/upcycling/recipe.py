@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user asks for and what they get: `UpcycleConfig`, `UpcycleReport` and the error `UpcycleError`."""
+"""What the user asks for and what they get: `UpcycleConfig` and `UpcycleReport`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,12 +10,9 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
-
-
-class UpcycleError(ValueError):
-    """A conversion that cannot be done; the message says what was given, what is allowed and what to do next."""
 
 
 @strict
@@ -26,22 +23,39 @@ class UpcycleConfig:
 
     Args:
         method (`str`, *optional*, defaults to `"copy"`):
-            How the experts are made. `"copy"` makes every expert a copy of the dense feed-forward
-            (https://huggingface.co/papers/2212.05055). `"residual"` keeps the dense feed-forward as a shared expert and
-            adds routed experts whose down-projection is zero.
-        num_experts (`int`, *optional*, defaults to 8):
-            Number of routed experts per converted layer.
+            How the experts are made, see `hf_moe.upcycling.methods`: `"copy"`, `"residual"`, `"granular"`, `"drop"`,
+            `"qwen"` or `"split"`.
+        num_experts (`int` or `list[int]`, *optional*, defaults to 8):
+            Number of routed experts per converted layer. A list has one number per converted layer, and needs a class of
+            hf_moe to hold the result.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
             Number of routed experts that serve one token.
+        granularity (`int`, *optional*, defaults to 1):
+            Into how many experts one feed-forward is cut, for `"granular"`, `"qwen"` and the routed experts of
+            `"residual"`.
+        scale_on (`str`, *optional*, defaults to `"up_down"`):
+            Which matrices take a factor that the method needs, see [`~hf_moe.upcycling.methods.scale_output`]:
+            `"up_down"`, `"down"` or `"megatron"`, which changes the function.
+        reinit_ratio (`float`, *optional*, defaults to 0.5):
+            Share of the neurons (`"drop"`) or weights (`"qwen"`) that are drawn anew.
+        index_sets (`str`, *optional*, defaults to `"shared"`):
+            Whether `"drop"` draws the same neurons anew in all matrices, or `"independent"` ones.
+        split_by (`str`, *optional*, defaults to `"random"`):
+            What decides which neurons go together in `"split"`: `"random"` or `"kmeans"` of the gate's rows.
+        num_shared_neurons (`int`, *optional*, defaults to 0):
+            Neurons that `"split"` keeps for every token, as a shared expert.
+        expert_noise (`float`, *optional*, defaults to 0.0):
+            Standard deviation of the noise that is added to every tensor of an expert, relative to that of the tensor.
         target (`str`, *optional*, defaults to `"auto"`):
             Class of the result: `"native"` for a class of transformers (Mixtral, Qwen2-MoE, Qwen3-MoE), `"hf_moe"` for
             the class of hf_moe, `"auto"` for the native class where it represents the result exactly, else ours.
-        layers (`list[int]`, *optional*):
-            Indices of the layers to convert. All of them by default.
+        layers (`list[int]` or `str`, *optional*):
+            The layers to convert: indices, or a text of indices, ranges and slices, `"4,6,8-11"`, `"::2"` for every
+            second layer, `":4"` for the first and `"-4:"` for the last four. All of them by default.
         norm_topk_prob (`bool`, *optional*, defaults to `True`):
             Whether the weights of the chosen experts are divided by their sum. `"copy"` is exact only then.
         router_init (`str`, *optional*, defaults to `"normal"`):
-            How the router is initialised, see `hf_moe.upcycling.router_init`.
+            How the router is initialised, see `hf_moe.upcycling.router_init`: `"normal"`, `"orthogonal"` or `"zero"`.
         router_logit_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the router logits that the initialisation aims at.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
@@ -58,10 +72,17 @@ class UpcycleConfig:
     """
 
     method: str = "copy"
-    num_experts: int = 8
+    num_experts: int | list[int] = 8
     num_experts_per_tok: int = 2
+    granularity: int = 1
+    scale_on: str = "up_down"
+    reinit_ratio: float | int = 0.5
+    index_sets: str = "shared"
+    split_by: str = "random"
+    num_shared_neurons: int = 0
+    expert_noise: float | int = 0.0
     target: str = "auto"
-    layers: list[int] | None = None
+    layers: list[int] | str | None = None
     norm_topk_prob: bool = True
     router_init: str = "normal"
     router_logit_std: float | int = 1.0
@@ -73,6 +94,9 @@ class UpcycleConfig:
         choices: dict[str, list[str]] = {
             "method": sorted(METHODS),
             "target": ["auto", "native", "hf_moe"],
+            "scale_on": ["up_down", "down", "megatron"],
+            "index_sets": ["shared", "independent"],
+            "split_by": ["random", "kmeans"],
             "router_init": sorted(ROUTER_INITIALIZERS),
             "verify": ["full", "layers", "none"],
         }
@@ -82,19 +106,58 @@ class UpcycleConfig:
                 raise ValueError(f"`{field}` must be one of {allowed}, got {value!r}.")
 
     def validate_numbers(self):
-        if self.num_experts < 2:
+        if not self.expert_counts:
+            raise ValueError("`num_experts` must be a number, or have one for every converted layer, got [].")
+        if min(self.expert_counts) < 2:
             raise ValueError(f"`num_experts` must be at least 2, got {self.num_experts}.")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        if not 1 <= self.num_experts_per_tok <= min(self.expert_counts):
             raise ValueError(
-                f"`num_experts_per_tok` (top-k) must lie between 1 and `num_experts` ({self.num_experts}), got "
+                f"`num_experts_per_tok` (top-k) must lie between 1 and `num_experts` ({min(self.expert_counts)}), got "
                 f"{self.num_experts_per_tok}."
             )
-        for field in ("router_logit_std", "router_aux_loss_coef"):
+        for field, smallest in (("granularity", 1), ("num_shared_neurons", 0)):
+            if getattr(self, field) < smallest:
+                raise ValueError(f"`{field}` must be at least {smallest}, got {getattr(self, field)}.")
+        for field in ("router_logit_std", "router_aux_loss_coef", "expert_noise"):
             value = getattr(self, field)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"`{field}` must be a finite number and not negative, got {value}.")
-        if self.layers is not None and (len(set(self.layers)) != len(self.layers) or not self.layers):
+        if not 0 <= self.reinit_ratio <= 1:
+            raise ValueError(f"`reinit_ratio` must lie between 0 and 1, got {self.reinit_ratio}.")
+
+    def validate_layers(self):
+        if isinstance(self.layers, list) and (len(set(self.layers)) != len(self.layers) or not self.layers):
             raise ValueError(f"`layers` must name at least one layer, each once, got {self.layers}.")
+        if isinstance(self.layers, str):
+            parse_layers(self.layers, 1)
+
+    def validate_method(self):
+        used_by = {
+            "granularity": ("granular", "qwen", "residual"),
+            "scale_on": ("copy", "granular", "split"),
+            "reinit_ratio": ("drop", "qwen"),
+            "index_sets": ("drop",),
+            "split_by": ("split",),
+            "num_shared_neurons": ("split",),
+        }
+        for field, methods in used_by.items():
+            default = type(self).__dataclass_fields__[field].default
+            if getattr(self, field) != default and self.method not in methods:
+                raise ValueError(
+                    f"`{field}`={getattr(self, field)!r} has no effect on method {self.method!r}, only on {list(methods)}."
+                )
+        if self.method in ("granular", "qwen") and self.granularity == 1:
+            raise ValueError(f"Method {self.method!r} needs a `granularity` of at least 2.")
+        if self.num_shared_neurons and self.split_by in ("random", "kmeans"):
+            raise ValueError(
+                f"`num_shared_neurons`={self.num_shared_neurons} needs a `split_by` that finds out which neurons most tokens "
+                f"use; {self.split_by!r} does not look at tokens."
+            )
+
+    @property
+    def expert_counts(self) -> list[int]:
+        """`num_experts` as a list: of one number for all layers, or of one per converted layer."""
+        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "UpcycleConfig":
@@ -128,6 +191,29 @@ class UpcycleConfig:
     def to_yaml(self) -> str:
         """The recipe as YAML, which [`UpcycleConfig.from_yaml`] reads back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """
+    The indices that a text of indices, ranges and slices means in a model of `num_layers`, ascending.
+
+    `"4,6,8-11"` is 4, 6, 8, 9, 10 and 11, whatever the number of layers; slices are Python's.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        try:
+            if ":" in part:
+                layers.update(
+                    range(num_layers)[slice(*(int(item) if item.strip() else None for item in part.split(":")))]
+                )
+            else:
+                first, _, last = part.partition("-")
+                layers.update(range(int(first), int(last or first) + 1))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"`layers` takes indices, ranges and slices such as '4,6,8-11', '::2' or '-4:', got {text!r}."
+            ) from None
+    return sorted(layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,65 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The first weights of a router, and the source of everything random in a conversion.
+The first weights of a router.
 
-An initialiser is one function decorated with [`router_initializer`], which enters it in `ROUTER_INITIALIZERS`.
+An initialiser is one function decorated with [`router_initializer`], which enters it in `ROUTER_INITIALIZERS`. It makes
+one row per expert, or per copy where several experts are the parts of one.
 """
 
-import hashlib
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
+from .errors import UpcycleError
+from .feed_forward import LayerContext
 
-if TYPE_CHECKING:
-    from .recipe import UpcycleConfig
+
+@dataclass(frozen=True)
+class RouterInitializer:
+    """
+    An entry of `ROUTER_INITIALIZERS`.
+
+    Args:
+        build: From the number of rows, the [`RouterInput`] and the layer's context to the rows `(R, H)` in float32.
+        paper (`str`, *optional*): Where it was proposed.
+    """
+
+    build: Callable[[int, "RouterInput", LayerContext], torch.Tensor]
+    paper: str | None
 
 
-RouterInitializer = Callable[[torch.Tensor, "UpcycleConfig", int], torch.Tensor]
+@dataclass(frozen=True)
+class RouterInput:
+    """
+    What is known of the hidden states that a router will see, from the weights alone.
+
+    Args:
+        hidden_size (`int`): Their size H.
+        length (`float`): Root mean square of their length, the shift left out.
+        shift (`torch.Tensor` of shape `(H,)`, *optional*): What is added to every one of them: the bias of a LayerNorm.
+    """
+
+    hidden_size: int
+    length: float
+    shift: torch.Tensor | None = None
+
+
 ROUTER_INITIALIZERS: dict[str, RouterInitializer] = {}
 
 
-def seeded_generator(seed: int, layer_index: int, expert_index: int, purpose: str) -> torch.Generator:
-    """A generator that depends on its four arguments alone, not on what was drawn before."""
-    digest = hashlib.sha256(f"{seed}/{layer_index}/{expert_index}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+def router_initializer(name: str, *, paper: str | None = None) -> Callable:
+    """Enter the decorated function in `ROUTER_INITIALIZERS`; the arguments are those of [`RouterInitializer`]."""
 
-
-def router_initializer(name: str) -> Callable[[RouterInitializer], RouterInitializer]:
-    """
-    Enter the decorated function in `ROUTER_INITIALIZERS`.
-
-    Its arguments are the weight `(H,)` of the norm before the feed-forward, the recipe and the layer's index; it returns
-    the router's weight `(num_experts, H)` in float32.
-    """
-
-    def register(initializer: RouterInitializer) -> RouterInitializer:
+    def register(build: Callable[[int, RouterInput, LayerContext], torch.Tensor]):
         if name in ROUTER_INITIALIZERS:
             raise ValueError(f"There is a router initialiser {name!r} already.")
-        ROUTER_INITIALIZERS[name] = initializer
-        return initializer
+        ROUTER_INITIALIZERS[name] = RouterInitializer(build, paper)
+        return build
 
     return register
 
 
-@router_initializer("normal")
-def normal(norm_weight: torch.Tensor, config: "UpcycleConfig", layer_index: int) -> torch.Tensor:
-    """
-    Normal rows scaled so that the logits have a standard deviation of `config.router_logit_std`.
+def build_router(router_input: RouterInput, experts_per_copy: int, context: LayerContext) -> torch.Tensor:
+    """The weight of a layer's router `(E, H)` in float32; the parts of one copy share a row."""
+    initializer = ROUTER_INITIALIZERS[context.recipe.router_init]
+    rows = initializer.build(context.num_experts // experts_per_copy, router_input, context)
+    return rows.repeat_interleave(experts_per_copy, dim=0)
 
-    The router sees a normalised state times the norm's weight g, whose squared length is that of g in expectation, so
-    rows of standard deviation `router_logit_std / |g|` give the logits asked for at every width and depth.
+
+@router_initializer("normal")
+def normal(num_rows: int, router_input: RouterInput, context: LayerContext) -> torch.Tensor:
+    """
+    Normal rows scaled so that the logits have a standard deviation of `router_logit_std` over the tokens.
+
+    They are orthogonal to what every hidden state has in common, the bias of a LayerNorm: it would favour the same
+    experts for every token.
     """
     # On the CPU and in fixed types, so that the result depends neither on the device nor on torch's defaults.
-    scale = config.router_logit_std / norm_weight.detach().cpu().double().norm().item()
     rows = [
         torch.randn(
-            norm_weight.shape[0],
-            generator=seeded_generator(config.seed, layer_index, expert_index, "router"),
-            dtype=torch.float32,
-            device="cpu",
+            router_input.hidden_size, generator=context.generator(index, "router"), dtype=torch.float32, device="cpu"
         )
-        for expert_index in range(config.num_experts)
+        for index in range(num_rows)
     ]
-    return torch.stack(rows) * scale
+    return _without_shift(torch.stack(rows), router_input) * (context.recipe.router_logit_std / router_input.length)
+
+
+@router_initializer("orthogonal")
+def orthogonal(num_rows: int, router_input: RouterInput, context: LayerContext) -> torch.Tensor:
+    """Rows that are orthogonal to each other, with the same logits' standard deviation as `normal`; fewer than H of them."""
+    if num_rows >= router_input.hidden_size:
+        raise UpcycleError(
+            f"router_init='orthogonal' makes fewer rows than the hidden size ({router_input.hidden_size}), not {num_rows}. "
+            "Use 'normal'."
+        )
+    random = torch.randn(
+        num_rows, router_input.hidden_size, generator=context.generator(0, "router"), dtype=torch.float32, device="cpu"
+    )
+    directions = torch.linalg.qr(_without_shift(random, router_input).T)[0].T
+    length = context.recipe.router_logit_std / router_input.length * math.sqrt(router_input.hidden_size)
+    return directions.contiguous() * length
+
+
+@router_initializer("zero")
+def zero(num_rows: int, router_input: RouterInput, context: LayerContext) -> torch.Tensor:
+    """
+    A router without a preference. All logits tie, so every token goes to the same experts until training breaks the tie:
+    train with noise or a selection bias, or the other experts get no gradient.
+    """
+    return torch.zeros(num_rows, router_input.hidden_size, dtype=torch.float32, device="cpu")
+
+
+def _without_shift(rows: torch.Tensor, router_input: RouterInput) -> torch.Tensor:
+    if router_input.shift is None or not router_input.shift.any():
+        return rows
+    direction = torch.nn.functional.normalize(router_input.shift.float(), dim=0)
+    return rows - (rows @ direction)[:, None] * direction

@@ -10,16 +10,17 @@ import dataclasses
 import importlib
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .errors import UpcycleError
 from .families import FAMILIES, Family, Target
-from .methods import METHODS, FeedForward, SparseLayer
-from .recipe import UpcycleConfig, UpcycleError
+from .feed_forward import FeedForward, LayerSizes
+from .recipe import UpcycleConfig, parse_layers
 
 
-HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model")
 # Width of the shared expert that Qwen2-MoE insists on, where the recipe has none: small, and a multiple of what
 # quantizers and tensor parallelism divide by.
 INERT_SHARED_EXPERT_SIZE = 128
@@ -51,20 +52,38 @@ def find_family(config: PreTrainedConfig) -> Family:
 
 
 def find_head(config: PreTrainedConfig) -> str:
-    """`"ForCausalLM"` or another of `HEADS`, from `config.architectures`."""
-    prefix = FAMILIES[config.model_type].prefix
-    architectures = config.architectures or [f"{prefix}ForCausalLM"]
-    head = architectures[0].removeprefix(prefix)
-    if len(architectures) != 1 or head not in HEADS:
-        raise UpcycleError(
-            f"architectures={architectures} cannot be upcycled; supported are {[prefix + head for head in HEADS]}."
-        )
-    return head
+    """What the name of our model class ends in, e.g. `"ForCausalLM"`, from `config.architectures`."""
+    family = FAMILIES[config.model_type]
+    heads = {
+        family.prefix + family.heads.get(head, head): head for head in family.target.config_class.auto_classes.values()
+    }
+    default = family.prefix + family.heads.get("ForCausalLM", "ForCausalLM")
+    architectures = config.architectures or [default if default in heads else next(iter(heads))]
+    if len(architectures) != 1 or architectures[0] not in heads:
+        raise UpcycleError(f"architectures={architectures} cannot be upcycled; supported are {sorted(heads)}.")
+    return heads[architectures[0]]
 
 
 def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The transformers class of the dense model."""
-    return getattr(transformers, FAMILIES[config.model_type].prefix + find_head(config))
+    family, head = FAMILIES[config.model_type], find_head(config)
+    return getattr(transformers, family.prefix + family.heads.get(head, head))
+
+
+def meta_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without values, to ask for names, shapes and counts."""
+    with torch.device("meta"):
+        return cls(config)
+
+
+def layer_prefix(family: Family, model: PreTrainedModel) -> str:
+    """What the names of the layers in a dense model start with, e.g. `"model.layers."`."""
+    return f"{backbone_prefix(model)}{family.layers}."
+
+
+def backbone_prefix(model: PreTrainedModel) -> str:
+    """`"model."` or the like in front of the backbone's tensors; empty if the model is the backbone."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def target_class(target: Target, head: str) -> type[PreTrainedModel]:
@@ -73,12 +92,15 @@ def target_class(target: Target, head: str) -> type[PreTrainedModel]:
     return getattr(modeling, target.prefix + head)
 
 
-def choose_target(dense_config: PreTrainedConfig, recipe: UpcycleConfig, layer: SparseLayer) -> Target:
+def choose_target(
+    dense_config: PreTrainedConfig, recipe: UpcycleConfig, dense: FeedForward, sizes: LayerSizes
+) -> Target:
     """
     The class that holds the result.
 
     Args:
-        layer (`SparseLayer`): What the method makes of one layer; its shapes and its shared expert matter here.
+        dense (`FeedForward`): The feed-forward of one layer; what it has and its shapes matter here.
+        sizes (`LayerSizes`): What the method makes of it.
 
     Raises:
         UpcycleError: if `recipe.target` is `"native"` and no native class represents the result exactly.
@@ -88,15 +110,16 @@ def choose_target(dense_config: PreTrainedConfig, recipe: UpcycleConfig, layer: 
         return family.target
     reasons = []
     for target in family.native_targets:
-        reason = _refusal(target, dense_config, recipe, layer)
+        reason = _refusal(target, dense_config, recipe, dense, sizes)
         if reason is None:
             try:
-                build_config(target, dense_config, recipe, layer)
+                build_config(target, dense_config, recipe, sizes)
                 return target
             except UpcycleError as error:
                 reason = str(error)
         reasons.append(f"{target.prefix}: {reason}")
     if recipe.target == "native":
+        reasons = reasons or [f"transformers has no mixture of experts that computes what {family.prefix} does"]
         raise UpcycleError(
             f"No native class can hold the result. {'; '.join(reasons)}. Use target='hf_moe' or target='auto'."
         )
@@ -104,7 +127,7 @@ def choose_target(dense_config: PreTrainedConfig, recipe: UpcycleConfig, layer: 
 
 
 def build_config(
-    target: Target, dense_config: PreTrainedConfig, recipe: UpcycleConfig, layer: SparseLayer
+    target: Target, dense_config: PreTrainedConfig, recipe: UpcycleConfig, sizes: LayerSizes
 ) -> PreTrainedConfig:
     """
     The configuration of the result: the dense one, field by field, and the fields of the sparse layers.
@@ -112,7 +135,8 @@ def build_config(
     Raises:
         UpcycleError: if the class of the result does not accept it.
     """
-    sparse_layers = find_sparse_layers(dense_config, recipe)
+    experts_in = find_sparse_layers(dense_config, recipe)
+    num_layers = dense_config.num_hidden_layers
     # A config.json may hold keys that its class does not declare and so ignores; the class of the result might not.
     read = {field.name for field in dataclasses.fields(dense_config)} | set(target.extra_fields)
     declared = {field.name for field in dataclasses.fields(target.config_class)} | set(target.extra_fields)
@@ -121,48 +145,54 @@ def build_config(
         for name, value in dense_config.to_dict().items()
         if name in read and name in declared and name not in ("architectures", "transformers_version")
     }
-    expert_size = layer.expert(0).gate_proj.shape[0]
     values.update(
         {
-            target.num_experts_field: recipe.num_experts,
-            target.expert_size_field: expert_size,
+            target.num_experts_field: max(experts_in.values()),
+            target.expert_size_field: sizes.expert,
             "num_experts_per_tok": recipe.num_experts_per_tok,
             "router_aux_loss_coef": float(recipe.router_aux_loss_coef),
         }
     )
-    shared_expert_size = layer.shared_expert.gate_proj.shape[0] if layer.shared_expert else None
     if not target.native:
         values["norm_topk_prob"] = recipe.norm_topk_prob
-        values["shared_expert_intermediate_size"] = shared_expert_size
-        values["mlp_layer_types"] = [
-            "sparse" if index in sparse_layers else "dense" for index in range(dense_config.num_hidden_layers)
-        ]
+        values["shared_expert_intermediate_size"] = sizes.shared_expert
+        values["mlp_layer_types"] = ["sparse" if index in experts_in else "dense" for index in range(num_layers)]
+        if len(set(experts_in.values())) > 1:
+            values["num_experts_per_layer"] = [experts_in.get(index, 0) for index in range(num_layers)]
     elif target.dense_layers:
         values["norm_topk_prob"] = recipe.norm_topk_prob
-        values["mlp_only_layers"] = [i for i in range(dense_config.num_hidden_layers) if i not in sparse_layers]
+        values["mlp_only_layers"] = [index for index in range(num_layers) if index not in experts_in]
     if target.shared_expert == "gated":
-        values["shared_expert_intermediate_size"] = min(INERT_SHARED_EXPERT_SIZE, expert_size)
+        values["shared_expert_intermediate_size"] = min(INERT_SHARED_EXPERT_SIZE, sizes.expert)
     try:
         return target.config_class(**values)
     except StrictDataclassError as error:
         raise UpcycleError(f"{target.config_class.__name__} cannot hold the result: {error}") from error
 
 
-def build_sparse_layer(dense: FeedForward, recipe: UpcycleConfig, layer_index: int) -> SparseLayer:
-    """What the recipe's method makes of one dense feed-forward."""
-    return METHODS[recipe.method].build(dense, recipe, layer_index)
-
-
-def find_sparse_layers(dense_config: PreTrainedConfig, recipe: UpcycleConfig) -> list[int]:
-    """Indices of the layers to convert."""
+def find_sparse_layers(dense_config: PreTrainedConfig, recipe: UpcycleConfig) -> dict[int, int]:
+    """The number of routed experts of every layer to convert, by the layer's index in ascending order."""
     count = dense_config.num_hidden_layers
-    layers = list(range(count)) if recipe.layers is None else sorted(recipe.layers)
+    if isinstance(recipe.layers, str):
+        layers = parse_layers(recipe.layers, count)
+    else:
+        layers = list(range(count)) if recipe.layers is None else sorted(recipe.layers)
+    if not layers:
+        raise UpcycleError(f"`layers`={recipe.layers!r} names none of the model's layers 0 to {count - 1}.")
     if outside := [index for index in layers if not 0 <= index < count]:
         raise UpcycleError(f"`layers` names {outside}, but the model has layers 0 to {count - 1}.")
-    return layers
+    if not isinstance(recipe.num_experts, list):
+        return dict.fromkeys(layers, recipe.num_experts)
+    if len(recipe.num_experts) != len(layers):
+        raise UpcycleError(
+            f"`num_experts` must have one number per converted layer ({len(layers)}), got {len(recipe.num_experts)}."
+        )
+    return dict(zip(layers, recipe.num_experts, strict=True))
 
 
-def _refusal(target: Target, dense_config: Any, recipe: UpcycleConfig, layer: SparseLayer) -> str | None:
+def _refusal(
+    target: Target, dense_config: Any, recipe: UpcycleConfig, dense: FeedForward, sizes: LayerSizes
+) -> str | None:
     """Why a native class cannot hold the result exactly, None if it can."""
     declared = {field.name for field in dataclasses.fields(target.config_class)}
     for field in dataclasses.fields(dense_config):
@@ -173,15 +203,20 @@ def _refusal(target: Target, dense_config: Any, recipe: UpcycleConfig, layer: Sp
             return f"it has no place for {field.name}={value!r}"
     if target.refuses is not None and (reason := target.refuses(dense_config)) is not None:
         return reason
-    if layer.shared_expert is not None and target.shared_expert == "none":
+    if dense.down_bias is not None and not target.biased_experts:
+        return "its experts have no biases, which the feed-forward has"
+    experts_in = find_sparse_layers(dense_config, recipe)
+    if len(set(experts_in.values())) > 1 and not target.mixed_layers:
+        return f"all its layers have one number of experts (num_experts={recipe.num_experts} was asked for)"
+    if sizes.shared_expert is not None and target.shared_expert == "none":
         return f"it has no shared expert, which method {recipe.method!r} needs"
-    if layer.shared_expert is not None and target.shared_expert == "gated":
+    if sizes.shared_expert is not None and target.shared_expert == "gated":
         return (
             f"its shared expert is scaled by a sigmoid gate, so method {recipe.method!r} would need a gate of exactly "
             "zero, which other runtimes turn into NaN"
         )
     if not recipe.norm_topk_prob and not target.dense_layers:
         return "it always divides the weights of the chosen experts by their sum (norm_topk_prob=False was asked for)"
-    if not target.dense_layers and len(find_sparse_layers(dense_config, recipe)) != dense_config.num_hidden_layers:
+    if not target.dense_layers and len(experts_in) != dense_config.num_hidden_layers:
         return "it cannot keep some layers dense (`layers` was given)"
     return None

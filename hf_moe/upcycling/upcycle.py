@@ -18,12 +18,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..hub.card import read_parent_card, write_model_card
 from ..version import __version__
 from .checkpoint import Checkpoint
-from .convert import DenseTensors, Step, plan_steps
+from .convert import DenseTensors, Step, in_memory_names, plan_steps
+from .errors import UpcycleError
 from .methods import METHODS
-from .parity import FLOAT32_BOUND, Result, Tokens, check_parity, measure_parity, sample_tokens, summarize
-from .plan import UpcyclePlan, meta_model, plan_upcycle
-from .recipe import UpcycleConfig, UpcycleError, UpcycleReport
-from .targets import dense_class, find_head, target_class
+from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
+from .plan import UpcyclePlan, plan_upcycle
+from .recipe import UpcycleConfig, UpcycleReport
+from .targets import dense_class, find_family, find_head, meta_model, target_class
 from .writer import JOURNAL, ShardWriter
 
 
@@ -79,10 +80,12 @@ def upcycle(
     checkpoint = Checkpoint(source, revision)
     checkpoint.config.dtype = checkpoint.main_dtype()
     plan = plan_upcycle(checkpoint.config, recipe)
+    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
+    checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
     dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
     steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
-    tokens = sample_tokens(checkpoint, recipe) if recipe.verify != "none" else None
+    sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
     parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
 
     incomplete.mkdir(parents=True, exist_ok=True)
@@ -97,8 +100,8 @@ def upcycle(
             _write_weights(writer, steps, progress)
             _write_other_files(incomplete, checkpoint, plan)
             parity = None
-            if tokens is not None:
-                parity = _prove(checkpoint, incomplete, plan, recipe, tokens, writer, progress)
+            if sample is not None:
+                parity = _prove(checkpoint, incomplete, plan, recipe, sample, writer, progress)
             provenance = _provenance(recipe, plan, checkpoint, parent, parity)
             text = json.dumps(_without_infinities(provenance), indent=2, allow_nan=False)
             (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
@@ -163,16 +166,17 @@ def _prove(
     incomplete: Path,
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
-    tokens: Tokens,
+    sample: Sample,
     writer: ShardWriter,
     progress: bool,
 ) -> dict[str, Any]:
     """Measure the parity of what was written; fail if the method is exact and the files are not."""
+    layers = find_family(checkpoint.config).layers
     parity = measure_parity(
-        dense_class(checkpoint.config),
-        checkpoint,
-        Result(target_class(plan.target, find_head(checkpoint.config)), Checkpoint(incomplete), plan),
-        tokens,
+        Side(dense_class(checkpoint.config), checkpoint, layers),
+        Side(target_class(plan.target, find_head(checkpoint.config)), Checkpoint(incomplete), layers),
+        plan,
+        sample,
         whole_model=recipe.verify == "full",
         progress=progress,
     )

@@ -18,7 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from .checkpoint import READ_CHUNK, SAFETENSORS_DTYPES
 from .convert import Step, TensorInfo, num_bytes
-from .recipe import UpcycleError
+from .errors import UpcycleError
 
 
 JOURNAL = ".upcycle-journal.jsonl"

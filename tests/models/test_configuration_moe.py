@@ -43,7 +43,10 @@ def test_auto_map_names_every_class_of_the_family(family):
         ({"mlp_layer_types": ["sparse", "dense", "soft"]}, "soft"),
         ({"mlp_layer_types": ["dense"] * 3}, "use its dense class"),
         ({"use_shared_expert_gate": True}, "shared_expert_intermediate_size"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"num_experts": 4, "num_experts_per_layer": [4, 2]}, "one entry per layer"),
+        ({"num_experts": 4, "num_experts_per_layer": [4, 0, 2]}, "0 for dense layers"),
+        ({"num_experts": 4, "num_experts_per_layer": [4, 1, 2]}, "at least `num_experts_per_tok`"),
+        ({"num_experts": 8, "num_experts_per_layer": [4, 3, 2]}, "the largest"),
         ({"num_experts": "four"}, "num_experts"),
     ],
 )

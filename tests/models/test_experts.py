@@ -11,7 +11,7 @@ from hf_moe.models.experts import MoeExperts
 def make_experts(implementation="eager", **values) -> MoeExperts:
     config = moe_config("llama", **values)
     config._experts_implementation = implementation
-    experts = MoeExperts(config)
+    experts = MoeExperts(config, config.num_experts)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return experts

@@ -76,7 +76,7 @@ def test_recorded_mixtral_block():
     golden = load_file(Path(__file__).parent.parent / "golden" / "mixtral.safetensors")
     config = moe_config("llama", hidden_size=16, num_experts=8, moe_intermediate_size=24)
     config._experts_implementation = "grouped_mm"
-    block = MoeSparseBlock(config)
+    block = MoeSparseBlock(config, config.num_experts)
     experts = range(8)
     with torch.no_grad():
         block.gate.weight.copy_(golden["w.gate.weight"])

@@ -11,7 +11,7 @@ from hf_moe.models.routers import ROUTERS, MoeRouter
 @pytest.mark.parametrize("router_type", sorted(ROUTERS))
 def test_contract(router_type):
     config = moe_config("llama", router_type=router_type)
-    router = ROUTERS[router_type](config)
+    router = ROUTERS[router_type](config, config.num_experts)
     torch.nn.init.normal_(router.weight)
     router.to(torch.bfloat16)
     logits, weights, index = router(torch.randn(2, 5, 32, dtype=torch.bfloat16))
@@ -25,7 +25,7 @@ def test_contract(router_type):
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_softmax_topk_in_closed_form(norm_topk_prob):
-    router = ROUTERS["softmax_topk"](moe_config("llama", norm_topk_prob=norm_topk_prob))
+    router = ROUTERS["softmax_topk"](moe_config("llama", norm_topk_prob=norm_topk_prob), 4)
     with torch.no_grad():
         router.weight.zero_()
         router.weight[:, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0])
@@ -39,7 +39,7 @@ def test_softmax_topk_in_closed_form(norm_topk_prob):
 
 
 def test_all_experts_chosen_is_the_soft_mixture():
-    router = ROUTERS["softmax_topk"](moe_config("llama", num_experts_per_tok=4, norm_topk_prob=False))
+    router = ROUTERS["softmax_topk"](moe_config("llama", num_experts_per_tok=4, norm_topk_prob=False), 4)
     torch.nn.init.normal_(router.weight)
     hidden_states = torch.randn(6, 32)
     logits, weights, index = router(hidden_states)

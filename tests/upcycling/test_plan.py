@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle_model
-from hf_moe.upcycling.recipe import UpcycleError
+from hf_moe.upcycling.errors import UpcycleError
 
 
 def matrix_flops(model, tokens: int) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conversion from disk to disk: exactness against the dense model, fidelity of every field, safety of the files."""
 
+import dataclasses
 import filecmp
 import json
 import shutil
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
 from hf_moe.upcycling import methods, parity
 from hf_moe.upcycling.checkpoint import read_config
-from hf_moe.upcycling.recipe import UpcycleError
+from hf_moe.upcycling.errors import UpcycleError
 
 
 NATIVE = {"llama": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
@@ -309,9 +310,11 @@ def test_native_target_is_refused_with_the_name_of_the_field(family, values, opt
         plan_upcycle(dense_config(family, architectures=None, **values), recipe(target="native", **options))
 
 
-def test_mlp_bias_is_refused():
+def test_mlp_bias_needs_our_class(tmp_path):
     with pytest.raises(UpcycleError, match="mlp_bias"):
-        plan_upcycle(dense_config("llama", mlp_bias=True), recipe())
+        plan_upcycle(dense_config("llama", mlp_bias=True), recipe(target="native"))
+    report = upcycle(save_dense(tmp_path / "dense", mlp_bias=True), tmp_path / "moe", recipe())
+    assert (report.model_type, report.exact) == ("moe_llama", True)
 
 
 def test_inexact_recipe_is_measured_and_not_refused(tmp_path):
@@ -323,12 +326,12 @@ def test_inexact_recipe_is_measured_and_not_refused(tmp_path):
 
 @pytest.mark.parametrize("verify", ["full", "layers"])
 def test_one_broken_expert_fails_the_proof(verify, tmp_path, monkeypatch):
-    def build(dense, config, layer_index):
+    def build(dense, context):
         spoiled = dense._replace(up_proj=dense.up_proj * 1.001)
-        return methods.SparseLayer(expert=lambda index: spoiled if (layer_index, index) == (1, 41) else dense)
+        return methods.SparseLayer(expert=lambda index: spoiled if (context.layer_index, index) == (1, 41) else dense)
 
     exact = methods.METHODS["copy"]
-    monkeypatch.setitem(methods.METHODS, "copy", methods.Method(exact.paper, exact.inexact_because, build))
+    monkeypatch.setitem(methods.METHODS, "copy", dataclasses.replace(exact, build=build))
     source = save_dense(tmp_path / "dense")
     for _ in range(2):
         with pytest.raises(UpcycleError, match="does not compute what the dense model computes"):
