@@ -10,7 +10,7 @@ from huggingface_hub.cli import out
 
 
 if TYPE_CHECKING:
-    from ..upcycling.recipe import UpcycleConfig
+    from ..upcycling.recipe import UpcycleConfig, UpcycleReport
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
 RecipeOpt = Annotated[Path | None, typer.Option(help="YAML file with fields of UpcycleConfig; options override it.")]
@@ -106,11 +106,21 @@ def upcycle(
             if low_precision
             else {}
         ),
+        **_routing(report),
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
         seconds=round(report.seconds, 1),
     )
+
+
+def _routing(report: "UpcycleReport") -> dict[str, Any]:
+    """How the untrained routers spread the tokens, if it was measured."""
+    if report.routing is None:
+        return {}
+    summary = report.routing.summary()
+    dead = sum(len(layer.dead_experts) for layer in report.routing.layers.values())
+    return {"routing_entropy": round(summary["entropy"], 3), "experts_without_token": dead}
 
 
 def _count(number: int) -> str | int:

@@ -26,11 +26,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .errors import UpcycleError
 
 
+logger = logging.get_logger(__name__)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 AUXILIARY_FILES = (
     "tokenizer*",
@@ -185,6 +187,17 @@ class Checkpoint:
                     f"{index.name} says that {shard!r} holds {name!r}, but it does not. Download it again."
                 )
         return {name: self.folder / shard for name, shard in weight_map.items()}
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the model's folder; None if there is none, with a warning if there is one that does not load."""
+    if not any(path.name.startswith(("tokenizer", "vocab")) for path in checkpoint.auxiliary_files()):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
+        logger.warning(f"The tokenizer of {checkpoint.source} does not load. ({error})")
+        return None
 
 
 READ_CHUNK = 16 * 2**20

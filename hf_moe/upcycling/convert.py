@@ -7,7 +7,7 @@ streaming writer and the in-memory conversion run these steps, which is why thei
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +62,14 @@ def plan_steps(
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
     layout: FusedLayout | PerExpertLayout,
+    observations: Mapping[int, Mapping[str, torch.Tensor]],
 ) -> list[Step]:
     """
     The steps of a conversion, in the order of the dense model's tensors.
+
+    Args:
+        observations (`Mapping`): By layer, what [`~hf_moe.upcycling.calibration.calibrate`] found out. It is looked at
+            when a step runs, so it may be filled until then.
 
     Raises:
         UpcycleError: if the dense model lacks a tensor that its class has, has one that its class would drop, or one of
@@ -85,7 +90,7 @@ def plan_steps(
             steps.append(_copy_step(name, dense))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            context = LayerContext(recipe, index, plan.experts_in_layer[index])
+            context = LayerContext(recipe, index, plan.experts_in_layer[index], observations.get(index, {}))
             steps.append(
                 _SparseStep(f"{layers}{index}.", dense, family, plan, context, layout, backbone_prefix(model)).step()
             )

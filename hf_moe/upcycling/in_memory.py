@@ -4,19 +4,22 @@
 import copy
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from .calibration import Observations, calibrate, needs_calibration, read_calibration
 from .convert import DenseTensors, plan_steps
 from .errors import UpcycleError
 from .layouts import FusedLayout
 from .plan import plan_upcycle
 from .recipe import UpcycleConfig
-from .targets import dense_class, find_family, find_head, target_class
+from .targets import dense_class, find_family, find_head, layer_prefix, target_class
 
 
 @torch.no_grad()
-def upcycle_model(model: PreTrainedModel, config: UpcycleConfig | None = None) -> PreTrainedModel:
+def upcycle_model(
+    model: PreTrainedModel, config: UpcycleConfig | None = None, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
     r"""
     Convert a dense model in memory into a mixture of experts; the dense model is left as it is.
 
@@ -24,6 +27,8 @@ def upcycle_model(model: PreTrainedModel, config: UpcycleConfig | None = None) -
         model ([`~transformers.PreTrainedModel`]): The dense model, on one device.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None. `verify` is not looked at: both models
             are at hand to be compared.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The model's; recipes that look at text or
+            prompts need it.
 
     Returns:
         [`~transformers.PreTrainedModel`]: On the same device and in the same mode as `model`.
@@ -56,12 +61,26 @@ def upcycle_model(model: PreTrainedModel, config: UpcycleConfig | None = None) -
     info = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()}
     dense = DenseTensors(info, state_dict.__getitem__)
 
+    observations: Observations = {index: {} for index in plan.experts_in_layer}
+    if needs_calibration(recipe):
+        family = find_family(dense_config)
+        layers = layer_prefix(family, model)
+        calibration = read_calibration(recipe, plan, tokenizer, getattr(dense_config, "max_position_embeddings", 0))
+        observations = calibrate(
+            model,
+            calibration,
+            family,
+            plan,
+            recipe,
+            lambda index: family.feed_forward.read(f"{layers}{index}.", state_dict),
+        )
+
     with no_init_weights(), torch.device(model.device):
         result = target_class(plan.target, find_head(dense_config))._from_config(
             plan.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     parameters = dict(result.named_parameters())
-    for step in plan_steps(dense, dense_config, plan, recipe, FusedLayout(plan.target.block)):
+    for step in plan_steps(dense, dense_config, plan, recipe, FusedLayout(plan.target.block), observations):
         for name, (dtype, _) in step.tensors.items():
             parameters[name].data = parameters[name].data.to(dtype)
         for piece in step.pieces():

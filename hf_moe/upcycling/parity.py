@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
 from huggingface_hub.utils import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from .checkpoint import Checkpoint
+from ..training.statistics import LayerRouting, RoutingStatistics
+from .calibration import read_text
+from .checkpoint import Checkpoint, load_tokenizer
 from .convert import in_memory_names
 from .errors import UpcycleError
 from .families import Target
@@ -35,6 +37,8 @@ from .targets import find_family
 logger = logging.get_logger(__name__)
 FLOAT32_BOUND = 1e-5
 NUM_TOKENS = 256
+# Were the experts equally popular, one in ten million would get none of so many tokens by chance.
+TOKENS_PER_EXPERT = 16
 TEXT = """The harbour master counted the boats twice before he wrote 37 into the log, because the fog had already hidden
 the far pier. "If the tide turns at 6:15," he said, "we shall have four hours and ten minutes." Nobody answered him.
 
@@ -77,27 +81,29 @@ def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     A text in the dense model's own tokens; random ones with a warning if it has no tokenizer that works; random images
     for a model that sees.
 
-    They are enough to reach every expert, and longer than the sliding window where that is at most 1024.
+    The text is the recipe's `calibration_text`, or our own. There are enough tokens to show which experts get none, and
+    they are longer than the sliding window where that is at most 1024.
     """
-    needed = max(NUM_TOKENS, max(recipe.expert_counts) // recipe.num_experts_per_tok + 1)
+    needed = max(NUM_TOKENS, TOKENS_PER_EXPERT * max(recipe.expert_counts) // recipe.num_experts_per_tok)
     generator = torch.Generator().manual_seed(0)
     if hasattr(dense.config, "image_size"):
         return _random_images(dense.config, needed, generator)
     window = getattr(dense.config, "sliding_window", None) or 0
     length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
     length = min(length, dense.config.max_position_embeddings)
-    if any(path.name.startswith(("tokenizer", "vocab")) for path in dense.auxiliary_files()):
-        try:
-            ids = AutoTokenizer.from_pretrained(dense.folder, trust_remote_code=False)(TEXT)["input_ids"]
-            return Sample({"input_ids": torch.tensor([(ids * (length // len(ids) + 1))[:length]])}, length, True)
-        except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
-            logger.warning(
-                f"The tokenizer of {dense.source} does not load; random tokens are compared instead. ({error})"
-            )
-    else:
-        logger.warning(f"{dense.source} has no tokenizer: none is copied, and random tokens are compared.")
+    tokenizer = load_tokenizer(dense)
+    if tokenizer is not None:
+        texts = [read_text(Path(file)) for file in recipe.calibration_files] or [TEXT]
+        share = -(-length // len(texts))
+        ids = [token for text in texts for token in _repeated(tokenizer(text, verbose=False)["input_ids"], share)]
+        return Sample({"input_ids": torch.tensor([ids[:length]])}, length, True)
+    logger.warning(f"{dense.source} has no tokenizer that loads: random tokens are compared.")
     ids = torch.randint(dense.config.vocab_size, (1, length), generator=generator)
     return Sample({"input_ids": ids}, length, False)
+
+
+def _repeated(ids: list[int], length: int) -> list[int]:
+    return (ids * (length // len(ids) + 1))[:length]
 
 
 def _random_images(config: PreTrainedConfig, num_tokens: int, generator: torch.Generator) -> Sample:
@@ -135,7 +141,8 @@ def measure_parity(
         `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `beyond_window` (whether the tokens reach
         beyond the sliding window; None without one) and per data type `layers` (largest difference of each block's
         output divided by its largest value) and, for the whole model, `max_relative_error` of the logits,
-        `top1_agreement` and `kl_divergence` (mean over tokens, in nats).
+        `top1_agreement` and `kl_divergence` (mean over tokens, in nats). `routing` says which experts the routers chose
+        in float32, see [`~hf_moe.training.statistics.RoutingStatistics`].
     """
     dense_config = dense.checkpoint.config
     window = getattr(dense_config, "sliding_window", None)
@@ -153,7 +160,9 @@ def measure_parity(
             unit=" layers",
             disable=None if progress else True,
         ) as bar:
-            parity[name] = _compare(dense, result, plan, sample, dtype, whole_model, bar)
+            parity[name], routing = _compare(dense, result, plan, sample, dtype, whole_model, bar)
+        if dtype == torch.float32:
+            parity["routing"] = routing.to_dict()
     return parity
 
 
@@ -180,7 +189,7 @@ def check_parity(parity: dict[str, Any], folder: Path) -> None:
 
 def _compare(
     dense: Side, result: Side, plan: UpcyclePlan, sample: Sample, dtype: torch.dtype, whole_model: bool, bar: tqdm
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], RoutingStatistics]:
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
     dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
     names = find_family(dense.checkpoint.config).feed_forward
@@ -199,6 +208,7 @@ def _compare(
         for index in plan.experts_in_layer:
             block = layers[index].get_submodule(plan.target.block)
             block_input, block_output = captured.pop(index)
+            block.experts.num_counted = sample.num_tokens
             if plan.exact:
                 block.experts.experts_per_copy = plan.sizes.experts_per_copy
                 block.experts.deal_from = sample.num_tokens if whole_model else 0
@@ -212,7 +222,12 @@ def _compare(
             for layer in layers:
                 _advance_with(layer, bar)
             measured |= _compare_outputs(_output(model(**inputs)), expected)
-    return measured
+    routing = {
+        name.removesuffix(".experts"): LayerRouting(module.counts, sample.num_tokens)
+        for name, module in model.named_modules()
+        if hasattr(module, "counts")
+    }
+    return measured, RoutingStatistics(routing)
 
 
 def _capture(first: torch.nn.Module, last: torch.nn.Module) -> list[torch.Tensor]:
@@ -330,7 +345,7 @@ def streamed_model(
             if name.endswith(f"{target.block}.experts"):
                 module.read_expert = _expert_reader(tensors, target.layout, name, module)
                 module._parameters.clear()
-                module.deal_from = None
+                module.num_counted, module.deal_from = 0, None
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     return model
 
@@ -348,8 +363,10 @@ def _streamed_experts_forward(
     """
     The arithmetic of transformers' grouped_mm, with the weights of one expert in memory at a time.
 
-    From row `self.deal_from` on, tokens are dealt out to the copies in turn instead of being routed.
+    The choices for the first `self.num_counted` tokens are counted. From token `self.deal_from` on, tokens are then dealt
+    out to the copies in turn instead of being routed.
     """
+    self.counts = torch.bincount(top_k_index[: self.num_counted].reshape(-1), minlength=self.num_experts)
     if self.deal_from is not None:
         size = self.experts_per_copy
         dealt_rows = top_k_index[self.deal_from :]

@@ -76,6 +76,10 @@ class UpcyclePlan:
         """Indices of the converted layers."""
         return list(self.experts_in_layer)
 
+    def num_router_rows(self, layer_index: int) -> int:
+        """Rows of a layer's router that are not copies of another: one per expert, or per copy of several experts."""
+        return self.experts_in_layer[layer_index] // self.sizes.experts_per_copy
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, without the configuration itself."""
         values = {name: value for name, value in vars(self).items() if name not in ("target", "config")}

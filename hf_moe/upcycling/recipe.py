@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..training.statistics import RoutingStatistics
 from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
@@ -41,7 +42,9 @@ class UpcycleConfig:
         index_sets (`str`, *optional*, defaults to `"shared"`):
             Whether `"drop"` draws the same neurons anew in all matrices, or `"independent"` ones.
         split_by (`str`, *optional*, defaults to `"random"`):
-            What decides which neurons go together in `"split"`: `"random"` or `"kmeans"` of the gate's rows.
+            What decides which neurons go together in `"split"`: `"random"`, `"kmeans"` of the gate's rows,
+            `"activation"`, by the tokens of the calibration text that they answer to, or `"gradient"`, by the text for
+            which they matter, which needs the dense model in memory.
         num_shared_neurons (`int`, *optional*, defaults to 0):
             Neurons that `"split"` keeps for every token, as a shared expert.
         expert_noise (`float`, *optional*, defaults to 0.0):
@@ -55,9 +58,23 @@ class UpcycleConfig:
         norm_topk_prob (`bool`, *optional*, defaults to `True`):
             Whether the weights of the chosen experts are divided by their sum. `"copy"` is exact only then.
         router_init (`str`, *optional*, defaults to `"normal"`):
-            How the router is initialised, see `hf_moe.upcycling.router_init`: `"normal"`, `"orthogonal"` or `"zero"`.
+            How the router is initialised, see `hf_moe.upcycling.router_init`: `"normal"`, `"orthogonal"` or `"zero"`
+            from the weights alone; `"kmeans"` from text, `"ridge"` and `"domain_embedding"` from one text per expert,
+            `"prompts"` from prompts per expert.
         router_logit_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the router logits that the initialisation aims at.
+        calibration_text (`str` or `list[str]`, *optional*):
+            Text files, or `.jsonl` files with a field `text`, for what looks at data. `"ridge"` and `"domain_embedding"`
+            take file e as the domain of expert e.
+        calibration_tokens (`int`, *optional*, defaults to 8192):
+            How many tokens of it are used, the same number of each file. They pass through the model at once, so memory
+            grows with them.
+        prompts (`list[dict]`, *optional*):
+            For `router_init="prompts"`, per expert a mapping with the lists `positive` and, if wanted, `negative`.
+        ridge_penalty (`float`, *optional*, defaults to 0.001):
+            Penalty of `"ridge"`, relative to the mean square of the router's inputs, summed over the tokens.
+        router_statistics (`str`, *optional*):
+            The folder `router_statistics` of an earlier conversion with `"ridge"`, whose domains then come first.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
             Coefficient of the load-balancing loss in the result's configuration. The loss is used when the model is
             trained with `output_router_logits=True`.
@@ -86,6 +103,11 @@ class UpcycleConfig:
     norm_topk_prob: bool = True
     router_init: str = "normal"
     router_logit_std: float | int = 1.0
+    calibration_text: str | list[str] | None = None
+    calibration_tokens: int = 8192
+    prompts: list[dict[str, list[str]]] | None = None
+    ridge_penalty: float | int = 1e-3
+    router_statistics: str | None = None
     router_aux_loss_coef: float | int = 0.01
     seed: int = 0
     verify: str = "full"
@@ -96,7 +118,7 @@ class UpcycleConfig:
             "target": ["auto", "native", "hf_moe"],
             "scale_on": ["up_down", "down", "megatron"],
             "index_sets": ["shared", "independent"],
-            "split_by": ["random", "kmeans"],
+            "split_by": ["random", "kmeans", "activation", "gradient"],
             "router_init": sorted(ROUTER_INITIALIZERS),
             "verify": ["full", "layers", "none"],
         }
@@ -115,10 +137,10 @@ class UpcycleConfig:
                 f"`num_experts_per_tok` (top-k) must lie between 1 and `num_experts` ({min(self.expert_counts)}), got "
                 f"{self.num_experts_per_tok}."
             )
-        for field, smallest in (("granularity", 1), ("num_shared_neurons", 0)):
+        for field, smallest in (("granularity", 1), ("num_shared_neurons", 0), ("calibration_tokens", 1)):
             if getattr(self, field) < smallest:
                 raise ValueError(f"`{field}` must be at least {smallest}, got {getattr(self, field)}.")
-        for field in ("router_logit_std", "router_aux_loss_coef", "expert_noise"):
+        for field in ("router_logit_std", "router_aux_loss_coef", "expert_noise", "ridge_penalty"):
             value = getattr(self, field)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"`{field}` must be a finite number and not negative, got {value}.")
@@ -153,6 +175,36 @@ class UpcycleConfig:
                 f"`num_shared_neurons`={self.num_shared_neurons} needs a `split_by` that finds out which neurons most tokens "
                 f"use; {self.split_by!r} does not look at tokens."
             )
+
+    def validate_data(self):
+        needs = ROUTER_INITIALIZERS[self.router_init].needs
+        if self.prompts is not None and needs != "prompts":
+            raise ValueError(f"`prompts` has no effect on router_init={self.router_init!r}, only on 'prompts'.")
+        for expert_index, entry in enumerate(self.prompts or []):
+            if unknown := sorted(set(entry) - {"positive", "negative"}):
+                raise ValueError(
+                    f"`prompts` of expert {expert_index} may have 'positive' and 'negative', got {unknown}."
+                )
+            if not entry.get("positive") or not all(prompt.strip() for kind in entry.values() for prompt in kind):
+                raise ValueError(
+                    f"`prompts` of expert {expert_index} need at least one 'positive', and none that is empty."
+                )
+        for field in ("ridge_penalty", "router_statistics"):
+            if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.router_init != "ridge":
+                raise ValueError(f"`{field}` has no effect on router_init={self.router_init!r}, only on 'ridge'.")
+        by_text = needs in ("text", "domains") or (
+            self.method == "split" and self.split_by in ("activation", "gradient")
+        )
+        if self.calibration_text is not None and not by_text:
+            raise ValueError(
+                f"`calibration_text` has no effect on router_init={self.router_init!r} and method {self.method!r}: neither "
+                "looks at text."
+            )
+
+    @property
+    def calibration_files(self) -> list[str]:
+        """`calibration_text` as a list, which may be empty."""
+        return [self.calibration_text] if isinstance(self.calibration_text, str) else self.calibration_text or []
 
     @property
     def expert_counts(self) -> list[int]:
@@ -230,6 +282,8 @@ class UpcycleReport:
             logits, or of the layers' outputs with `verify="layers"`. None if nothing was measured.
         parity (`dict`, *optional*): Everything that was measured, per data type and per layer, see
             [`~hf_moe.upcycling.parity.measure_parity`].
+        routing ([`~hf_moe.training.statistics.RoutingStatistics`], *optional*): Which experts the routers chose for the text
+            that was compared, before any training. None if nothing was compared.
         num_parameters (`int`): Parameters of the result.
         num_active_parameters (`int`): Parameters that one token uses.
         bytes_written (`int`): Bytes of the weight files.
@@ -241,6 +295,7 @@ class UpcycleReport:
     exact: bool
     max_relative_error: float | None
     parity: dict[str, Any] | None
+    routing: RoutingStatistics | None
     num_parameters: int
     num_active_parameters: int
     bytes_written: int

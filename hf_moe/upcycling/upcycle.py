@@ -12,20 +12,39 @@ from typing import Any
 
 from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock, tqdm
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
 
 from ..hub.card import read_parent_card, write_model_card
+from ..training.statistics import RoutingStatistics
 from ..version import __version__
-from .checkpoint import Checkpoint
+from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
+from .checkpoint import Checkpoint, load_tokenizer
 from .convert import DenseTensors, Step, in_memory_names, plan_steps
 from .errors import UpcycleError
+from .feed_forward import FeedForward
 from .methods import METHODS
-from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
+from .parity import (
+    FLOAT32_BOUND,
+    Sample,
+    Side,
+    check_parity,
+    draw_sample,
+    measure_parity,
+    streamed_model,
+    summarize,
+)
 from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleReport
-from .targets import dense_class, find_family, find_head, meta_model, target_class
+from .ridge import RIDGE_FOLDER
+from .targets import dense_class, find_family, find_head, layer_prefix, meta_model, target_class
 from .writer import JOURNAL, ShardWriter
+
+
+logger = logging.get_logger(__name__)
+OBSERVATIONS = ".upcycle-observations.safetensors"
 
 
 def upcycle(
@@ -83,7 +102,12 @@ def upcycle(
     dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
     checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
     dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
-    steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
+    observations: Observations = {index: {} for index in plan.experts_in_layer}
+    steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout, observations)
+    calibration = None
+    if needs_calibration(recipe):
+        max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
+        calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
     sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
     parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
@@ -97,6 +121,10 @@ def upcycle(
                 incomplete.mkdir()
             writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, parent))
             _check_space(incomplete, writer.total_bytes, checkpoint)
+            if calibration is not None:
+                found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
+                for index, tensors in found.items():
+                    observations[index].update(tensors)
             _write_weights(writer, steps, progress)
             _write_other_files(incomplete, checkpoint, plan)
             parity = None
@@ -122,17 +150,32 @@ def upcycle(
         ) from error
 
     max_relative_error = None if parity is None else summarize(parity)
+    routing = None if parity is None else RoutingStatistics.from_dict(parity["routing"])
+    if routing is not None:
+        _warn_of_dead_experts(routing)
     return UpcycleReport(
         output_dir=given_dir,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
         parity=parity,
+        routing=routing,
         num_parameters=plan.num_parameters,
         num_active_parameters=plan.num_active_parameters,
         bytes_written=writer.total_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
+    dead = {name: layer.dead_experts for name, layer in routing.layers.items() if layer.dead_experts}
+    if dead:
+        name, experts = next(iter(dead.items()))
+        logger.warning(
+            f"In {len(dead)} of {len(routing.layers)} layers some experts got none of {routing[name].num_tokens} tokens, for "
+            f"example {experts} of {name}. They get no gradient either: another `router_init`, a smaller `router_logit_std` or "
+            "the load-balancing loss spreads the tokens."
+        )
 
 
 def _check_output(output_dir: Path, incomplete: Path, source: str | Path, overwrite: bool) -> None:
@@ -197,6 +240,54 @@ def _check_space(folder: Path, needed: int, checkpoint: Checkpoint) -> None:
             f"The result of {checkpoint.name} needs {needed:,} bytes, but only {free:,} are free at {folder.parent}. Make "
             "room, choose another output folder, or ask for fewer experts."
         )
+
+
+def _observe(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    plan: UpcyclePlan,
+    recipe: UpcycleConfig,
+    incomplete: Path,
+    progress: bool,
+) -> Observations:
+    """What the calibration text shows; an interrupted run left it on disk, so that the rest fits what is written."""
+    path = incomplete / OBSERVATIONS
+    if path.exists():
+        observations: Observations = {}
+        for name, tensor in load_file(path).items():
+            index, _, key = name.partition(".")
+            observations.setdefault(int(index), {})[key] = tensor
+        return observations
+    family = find_family(checkpoint.config)
+    model_class, dtype = dense_class(checkpoint.config), checkpoint.config.dtype
+    if recipe.method == "split" and recipe.split_by == "gradient":
+        if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            raise UpcycleError(
+                f"split_by='gradient' needs the loss of a causal language model, not of {model_class.__name__}."
+            )
+        model = model_class.from_pretrained(checkpoint.folder, dtype=dtype)
+    else:
+        model = streamed_model(Side(model_class, checkpoint, family.layers), checkpoint.config, dtype)
+    layers = layer_prefix(family, model)
+
+    def read_feed_forward(index: int) -> FeedForward:
+        names = family.feed_forward.tensors(f"{layers}{index}.", dict.fromkeys(checkpoint))
+        return family.feed_forward.read(f"{layers}{index}.", {name: checkpoint.read(name) for name in names})
+
+    observations = calibrate(
+        model,
+        calibration,
+        family,
+        plan,
+        recipe,
+        read_feed_forward,
+        folder=incomplete / RIDGE_FOLDER,
+        progress=progress,
+    )
+    tensors = {f"{index}.{key}": tensor for index, found in observations.items() for key, tensor in found.items()}
+    save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+    return observations
 
 
 def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> None:
@@ -275,5 +366,6 @@ def _publish(incomplete: Path, output_dir: Path, overwrite: bool) -> None:
         output_dir.rmdir()
     incomplete.rename(output_dir)
     (output_dir / JOURNAL).unlink()
+    (output_dir / OBSERVATIONS).unlink(missing_ok=True)
     if replaced is not None:
         shutil.rmtree(replaced)
