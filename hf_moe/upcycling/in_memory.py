@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from .calibration import Observations, calibrate, needs_calibration, read_calibration
+from .checkpoint import is_finite
 from .convert import DenseTensors, plan_steps
 from .errors import UpcycleError
 from .layouts import FusedLayout
@@ -56,7 +57,7 @@ def upcycle_model(
     plan = plan_upcycle(dense_config, recipe)
     state_dict = model.state_dict()
     for name, tensor in state_dict.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UpcycleError(f"Tensor {name!r} holds NaN or infinite values.")
     info = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()}
     dense = DenseTensors(info, state_dict.__getitem__)

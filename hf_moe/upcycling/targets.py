@@ -7,13 +7,16 @@ configuration over, or refuses with the name of the one it cannot carry.
 """
 
 import dataclasses
+import functools
 import importlib
+import json
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .errors import UpcycleError
 from .families import FAMILIES, Family, Target
@@ -71,9 +74,18 @@ def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def meta_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without values, to ask for names, shapes and counts."""
-    with torch.device("meta"):
-        return cls(config)
+    """A model without values, to ask for names, shapes and counts; the same one for the same arguments."""
+    classes: Any = (cls, type(config))
+    return _meta_model(classes, config.to_json_string(use_diff=False))
+
+
+@functools.lru_cache(maxsize=8)
+def _meta_model(classes: tuple[Any, Any], config: str) -> PreTrainedModel:
+    model_class, config_class = classes
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config_class.from_dict(json.loads(config)))
+        model.tie_weights()
+        return model
 
 
 def layer_prefix(family: Family, model: PreTrainedModel) -> str:

@@ -7,7 +7,10 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from filelock import Timeout
@@ -92,12 +95,14 @@ def upcycle(
     started = time.perf_counter()
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
-    plan_upcycle(source, recipe, revision=revision)
+    if not Path(source).is_dir():
+        plan_upcycle(source, recipe, revision=revision)
     given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
     _check_output(output_dir, incomplete, source, overwrite)
     checkpoint = Checkpoint(source, revision)
     checkpoint.config.dtype = checkpoint.main_dtype()
+    sha256 = _in_background(lambda: checkpoint.sha256(progress))
     plan = plan_upcycle(checkpoint.config, recipe)
     dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
     checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
@@ -110,7 +115,7 @@ def upcycle(
         calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
     sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
-    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
+    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": sha256()}
 
     incomplete.mkdir(parents=True, exist_ok=True)
     lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
@@ -165,6 +170,20 @@ def upcycle(
         bytes_written=writer.total_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `function` in a thread that does not keep the process alive; what is returned waits for its result."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
