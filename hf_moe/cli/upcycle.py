@@ -10,6 +10,7 @@ from huggingface_hub.cli import out
 
 
 if TYPE_CHECKING:
+    from ..upcycling.advice import Advice
     from ..upcycling.recipe import UpcycleConfig, UpcycleReport
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
@@ -36,11 +37,25 @@ def plan(
     layers: LayersOpt = None,
     norm_topk_prob: NormTopKOpt = None,
     revision: RevisionOpt = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens to train on, e.g. 50B: which method does the published evidence support?"),
+    ] = None,
+    dense_tokens: Annotated[
+        str | None, typer.Option(help="Tokens that the dense model was trained on, e.g. 2T.")
+    ] = None,
 ) -> None:
-    """Say what a conversion would give: class, exactness, parameters, bytes, FLOPs. Reads no weights."""
+    """Say what a conversion would give: class, exactness, parameters, memory, FLOPs. Reads no weights."""
+    from ..upcycling.advice import advise, estimate_memory, parse_tokens
     from ..upcycling.plan import plan_upcycle
 
     result = plan_upcycle(source, _recipe(recipe, locals()), revision=revision)
+    memory = estimate_memory(result)
+    if dense_tokens is not None and tokens is None:
+        raise ValueError("--dense-tokens needs --tokens: advice weighs the one against the other.")
+    advice = None
+    if tokens is not None:
+        advice = advise(parse_tokens(tokens), None if dense_tokens is None else parse_tokens(dense_tokens))
     out.result(
         f"{source} can become {result.architecture}",
         **{
@@ -56,8 +71,15 @@ def plan(
             "bytes": _count(result.bytes),
             "flops_per_token": _count(result.flops_per_token),
             "flops_relative_to_dense": round(result.flops_per_token / result.dense_flops_per_token, 3),
+            "bytes_to_train": _count(memory.train),
+            "bytes_to_train_lora": _count(memory.train_lora),
+            "bytes_to_serve": _count(memory.serve),
+            **(_advice(advice) if advice is not None else {}),
         },
     )
+    if advice is not None:
+        for statement in advice.evidence:
+            out.text(f"\n{statement.text}.\n  {statement.source}")
 
 
 def upcycle(
@@ -112,6 +134,14 @@ def upcycle(
         bytes_written=_count(report.bytes_written),
         seconds=round(report.seconds, 1),
     )
+
+
+def _advice(advice: "Advice") -> dict[str, Any]:
+    """The advice as fields; programs get the evidence among them, people as text below."""
+    fields: dict[str, Any] = {"advised_method": advice.method, "advised_because": advice.because}
+    if out.mode != "human":
+        fields["evidence"] = [dataclasses.asdict(statement) for statement in advice.evidence]
+    return fields
 
 
 def _routing(report: "UpcycleReport") -> dict[str, Any]:

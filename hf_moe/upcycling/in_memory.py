@@ -14,7 +14,7 @@ from .errors import UpcycleError
 from .layouts import FusedLayout
 from .plan import plan_upcycle
 from .recipe import UpcycleConfig
-from .targets import dense_class, find_family, find_head, layer_prefix, target_class
+from .targets import dense_class, find_family, layer_prefix
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def upcycle_model(
         )
 
     with no_init_weights(), torch.device(model.device):
-        result = target_class(plan.target, find_head(dense_config))._from_config(
+        result = plan.model_class._from_config(
             plan.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     parameters = dict(result.named_parameters())

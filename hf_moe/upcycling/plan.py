@@ -52,6 +52,7 @@ class UpcyclePlan:
         experts_in_layer (`dict[int, int]`): Number of routed experts by the index of every converted layer.
         sizes (`LayerSizes`): Sizes of the experts.
         target (`Target`): Entry of the family table that was chosen.
+        model_class (`type`): Class of the result.
         config (`PreTrainedConfig`): Configuration of the result.
     """
 
@@ -69,6 +70,7 @@ class UpcyclePlan:
     experts_in_layer: dict[int, int]
     sizes: LayerSizes
     target: Target
+    model_class: type[PreTrainedModel]
     config: PreTrainedConfig
 
     @property
@@ -82,7 +84,7 @@ class UpcyclePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, without the configuration itself."""
-        values = {name: value for name, value in vars(self).items() if name not in ("target", "config")}
+        values = {name: value for name, value in vars(self).items() if name not in ("target", "model_class", "config")}
         return {**values, "sizes": self.sizes._asdict(), "sparse_layers": self.sparse_layers}
 
 
@@ -133,6 +135,7 @@ def plan_upcycle(
         experts_in_layer=experts_in,
         sizes=sizes,
         target=target,
+        model_class=type(model),
         config=target_config,
     )
 

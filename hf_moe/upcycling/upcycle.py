@@ -42,7 +42,7 @@ from .parity import (
 from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleReport
 from .ridge import RIDGE_FOLDER
-from .targets import dense_class, find_family, find_head, layer_prefix, meta_model, target_class
+from .targets import dense_class, find_family, layer_prefix, meta_model
 from .writer import JOURNAL, ShardWriter
 
 
@@ -236,7 +236,7 @@ def _prove(
     layers = find_family(checkpoint.config).layers
     parity = measure_parity(
         Side(dense_class(checkpoint.config), checkpoint, layers),
-        Side(target_class(plan.target, find_head(checkpoint.config)), Checkpoint(incomplete), layers),
+        Side(plan.model_class, Checkpoint(incomplete), layers),
         plan,
         sample,
         whole_model=recipe.verify == "full",
@@ -327,7 +327,7 @@ def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> No
 
 
 def _write_other_files(folder: Path, checkpoint: Checkpoint, plan: UpcyclePlan) -> None:
-    model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
+    model = meta_model(plan.model_class, plan.config)
     plan.config.architectures = [plan.architecture]
     if not plan.native:
         custom_object_save(model, folder, config=plan.config)

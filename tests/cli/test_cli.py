@@ -33,6 +33,15 @@ def test_help_names_every_command():
     assert all(name in run.stdout for name in ("plan", "upcycle", "inspect"))
 
 
+def test_plan_with_advice(dense):
+    run = hf_moe("plan", dense, "--num-experts", 4, "--tokens", "50B", "--json")
+    plan = json.loads(run.stdout)
+    assert plan["advised_method"] == "copy"
+    assert "2603.13364" in plan["evidence"][0]["source"]
+    assert plan["bytes_to_train"] == 16 * plan["num_parameters"]
+    assert "2603.13364" in hf_moe("plan", dense, "--tokens", "50B").stdout
+
+
 def test_plan(dense):
     run = hf_moe("plan", dense, "--num-experts", 4, "--layers", "0-1", "--json")
     plan = json.loads(run.stdout)
