@@ -31,6 +31,10 @@ from .targets import (
 )
 
 
+# torch's grouped products want rows that start at multiples of 16 bytes.
+EXPERT_SIZE_MULTIPLE = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpcyclePlan:
     """
@@ -154,7 +158,14 @@ def _sizes(recipe: UpcycleConfig, expert_counts: list[int], intermediate_size: i
             f"Method {recipe.method!r} makes experts of different sizes when the layers have different numbers of them "
             f"(num_experts={recipe.num_experts}). All experts of a model have one size: give one number."
         )
-    return sizes.pop()
+    (result,) = sizes
+    if result.expert != intermediate_size and result.expert % EXPERT_SIZE_MULTIPLE:
+        raise UpcycleError(
+            f"The experts would have an intermediate size of {result.expert}, but the grouped matrix products with which "
+            f"transformers runs experts need a multiple of {EXPERT_SIZE_MULTIPLE}. Cut the {intermediate_size} dense neurons into "
+            "fewer or other parts."
+        )
+    return result
 
 
 def _matrix_flops(model: PreTrainedModel) -> int:

@@ -242,13 +242,14 @@ def recipes(folder) -> dict[str, dict]:
         "activation": {
             "method": "split",
             "split_by": "activation",
-            "num_shared_neurons": 8,
+            "num_shared_neurons": 16,
             "calibration_text": files[0],
         },
-        "gradient": {"method": "split", "split_by": "gradient", "calibration_text": files},
+        "gradient": {"method": "split", "split_by": "gradient", "num_shared_neurons": 16, "calibration_text": files},
         "gradient, clustered": {
             "method": "split",
             "split_by": "gradient",
+            "num_experts": 3,
             "router_init": "kmeans",
             "calibration_text": str(folder.parent / "all.jsonl"),
         },
@@ -385,6 +386,6 @@ def test_gradient_needs_a_language_model(tmp_path, dense_folder):
 
 def test_too_few_sequences_for_clusters(dense_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration_module, "SEQUENCE_LENGTH", 4096)
-    values = {**recipes(dense_folder)["gradient, clustered"], "router_init": "normal", "num_experts": 24}
-    with pytest.raises(UpcycleError, match="too few to form 24 clusters"):
+    values = {**recipes(dense_folder)["gradient, clustered"], "num_experts": 6, "calibration_tokens": 2000}
+    with pytest.raises(UpcycleError, match="too few to form 6 clusters"):
         upcycle(dense_folder, tmp_path / "moe", UpcycleConfig(**values))
