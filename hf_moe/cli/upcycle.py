@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from huggingface_hub.cli import out
 
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
 RecipeOpt = Annotated[Path | None, typer.Option(help="YAML file with fields of UpcycleConfig; options override it.")]
-MethodOpt = Annotated[str | None, typer.Option(help="How experts are made: copy (default) or residual.")]
+MethodOpt = Annotated[str | None, typer.Option(help="How experts are made: copy (default), residual, granular, ...")]
 NumExpertsOpt = Annotated[int | None, typer.Option(help="Routed experts per layer (default 8).")]
 TopKOpt = Annotated[int | None, typer.Option("--top-k", help="Routed experts per token (default 2).")]
 TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (default), native or hf_moe.")]
@@ -24,6 +25,12 @@ NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weig
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any other field of UpcycleConfig, e.g. --set granularity=4. Can be given several times."
+    ),
+]
 VerifyOpt = Annotated[str | None, typer.Option(help="What to compare: full (default), layers or none.")]
 
 
@@ -36,6 +43,7 @@ def plan(
     target: TargetOpt = None,
     layers: LayersOpt = None,
     norm_topk_prob: NormTopKOpt = None,
+    set_: SetOpt = None,
     revision: RevisionOpt = None,
     tokens: Annotated[
         str | None,
@@ -95,6 +103,7 @@ def upcycle(
     router_logit_std: LogitStdOpt = None,
     seed: SeedOpt = None,
     verify: VerifyOpt = None,
+    set_: SetOpt = None,
     revision: RevisionOpt = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
@@ -172,4 +181,12 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     values.update({name: value for name, value in options.items() if name in fields and value is not None})
     if options["top_k"] is not None:
         values["num_experts_per_tok"] = options["top_k"]
+    for assignment in options["set_"] or []:
+        name, separator, value = assignment.partition("=")
+        if not separator or name not in fields:
+            raise ValueError(f"--set takes field=value with a field of {sorted(fields)}, got {assignment!r}.")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {name}: {value!r} is no value in YAML.") from error
     return UpcycleConfig(**values)

@@ -33,6 +33,28 @@ def test_help_names_every_command():
     assert all(name in run.stdout for name in ("plan", "upcycle", "inspect"))
 
 
+def test_any_field_can_be_set(dense):
+    run = hf_moe(
+        "plan",
+        dense,
+        "--method",
+        "granular",
+        "--set",
+        "granularity=2",
+        "--set",
+        "num_experts=[4, 8]",
+        "--layers",
+        "0-1",
+        "--json",
+    )
+    plan = json.loads(run.stdout)
+    assert plan["model_type"] == "moe_llama"
+    for argument, message in (("granularit=2", "--set takes field=value with a field of"), ("seed", "got 'seed'")):
+        run = hf_moe("plan", dense, "--set", argument)
+        assert run.returncode == 1
+        assert message in run.stderr
+
+
 def test_plan_with_advice(dense):
     run = hf_moe("plan", dense, "--num-experts", 4, "--tokens", "50B", "--json")
     plan = json.loads(run.stdout)
