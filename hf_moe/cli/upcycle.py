@@ -72,6 +72,7 @@ def plan(
             "native": result.native,
             "exact": result.exact,
             "inexact_because": result.inexact_because,
+            **({"warnings": result.warnings} if out.mode != "human" else {}),
             "sparse_layers": f"{len(result.sparse_layers)} of {result.config.num_hidden_layers}",
             "num_parameters": _count(result.num_parameters),
             "num_active_parameters": _count(result.num_active_parameters),
@@ -85,6 +86,8 @@ def plan(
             **(_advice(advice) if advice is not None else {}),
         },
     )
+    for warning in result.warnings:
+        out.warning(warning)
     if advice is not None:
         for statement in advice.evidence:
             out.text(f"\n{statement.text}.\n  {statement.source}")

@@ -6,6 +6,7 @@ import copy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .calibration import Observations, calibrate, needs_calibration, read_calibration
 from .checkpoint import is_finite
@@ -15,6 +16,9 @@ from .layouts import FusedLayout
 from .plan import plan_upcycle
 from .recipe import UpcycleConfig
 from .targets import dense_class, find_family, layer_prefix
+
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -55,6 +59,8 @@ def upcycle_model(
         raise UpcycleError(f"Only transformers' own {dense_class(dense_config).__name__} can be converted.")
     dense_config.dtype = model.dtype
     plan = plan_upcycle(dense_config, recipe)
+    for warning in plan.warnings:
+        logger.warning(warning)
     state_dict = model.state_dict()
     for name, tensor in state_dict.items():
         if not is_finite(tensor):

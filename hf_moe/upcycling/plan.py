@@ -46,6 +46,7 @@ class UpcyclePlan:
         native (`bool`): Whether that class belongs to transformers.
         exact (`bool`): Whether the result computes what the dense model computes.
         inexact_because (`str`, *optional*): Why not.
+        warnings (`list[str]`): What to know before training the result.
         num_parameters (`int`): Parameters of the result.
         num_active_parameters (`int`): Parameters that one token uses, embeddings included.
         num_dense_parameters (`int`): Parameters of the dense model.
@@ -65,6 +66,7 @@ class UpcyclePlan:
     native: bool
     exact: bool
     inexact_because: str | None
+    warnings: list[str]
     num_parameters: int
     num_active_parameters: int
     num_dense_parameters: int
@@ -130,6 +132,7 @@ def plan_upcycle(
         native=target.native,
         exact=reason is None,
         inexact_because=reason,
+        warnings=_warnings(recipe, dense.is_gated),
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - idle,
         num_dense_parameters=dense_model.num_parameters(),
@@ -142,6 +145,26 @@ def plan_upcycle(
         model_class=type(model),
         config=target_config,
     )
+
+
+def _warnings(recipe: UpcycleConfig, is_gated: bool) -> list[str]:
+    found = []
+    if recipe.router_init == "zero":
+        found.append(
+            "router_init='zero': all logits tie, so every token goes to the same experts and the others get no gradient. Train "
+            "with router_jitter_noise, expert_noise or a selection bias, or use 'normal'."
+        )
+    if recipe.scale_on == "megatron":
+        found.append(
+            "scale_on='megatron' is for comparison with Megatron-Core: it changes what goes through the activation, and so the "
+            f"output, {'by 6 to 30 % for 2 to 16 parts' if is_gated else 'unless the activation is ReLU'}. Use 'up_down'."
+        )
+    if recipe.method in ("drop", "qwen", "split"):
+        found.append(
+            f"method {recipe.method!r} starts far from the dense model. After 50B tokens such starts were reported well below the "
+            "dense model (https://huggingface.co/papers/2603.13364, table 1); 'copy' and 'residual' start from its quality."
+        )
+    return found
 
 
 def _meta_feed_forward(model: PreTrainedModel, layers: str, family: Family) -> FeedForward:

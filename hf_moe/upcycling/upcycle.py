@@ -104,6 +104,8 @@ def upcycle(
     checkpoint.config.dtype = checkpoint.main_dtype()
     sha256 = _in_background(lambda: checkpoint.sha256(progress))
     plan = plan_upcycle(checkpoint.config, recipe)
+    for warning in plan.warnings:
+        logger.warning(warning)
     dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
     checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
     dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
