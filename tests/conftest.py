@@ -180,7 +180,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+        is_scale = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
+        parameter.copy_(1 + 0.2 * noise if is_scale else 0.15 * noise)
 
 
 def moe_config(family: str, **values) -> transformers.PreTrainedConfig:
