@@ -13,8 +13,8 @@
 # limitations under the License.
 """What every MoE configuration adds to its dense one.
 
-`MoeConfigMixin` holds the fields, their validation and the `auto_map`; `MOE_TP_PLAN` and `MOE_EP_PLAN` are the tensor-
-and expert-parallel plans of the sparse block, which a family's configuration adds to the plan of its dense parent.
+`MoeConfigMixin` holds the fields, their validation, the `auto_map` and the parallel plans, to which `MOE_TP_PLAN`,
+`MOE_EP_PLAN` and `MOE_BIAS_EP_PLAN` add the sparse block.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,10 @@ MOE_EP_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
     "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+MOE_BIAS_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj_bias": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
 }
 
 
@@ -106,6 +110,26 @@ class MoeConfigMixin:
     def biased_experts(self) -> bool:
         """Whether the experts have biases, as the dense feed-forward has."""
         return getattr(self, "mlp_bias", False)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """
+        The tensor-parallel plan: the dense one and that of a gated sparse block; None where the dense class has none.
+
+        Every rank would add the output bias to its part of the sum, so experts with biases are left whole.
+        """
+        dense_plan = super().base_model_tp_plan
+        if dense_plan is None or not self.gated_experts:
+            return dense_plan
+        moe_plan = {
+            rule: style for rule, style in MOE_TP_PLAN.items() if "shared_expert" in rule or not self.biased_experts
+        }
+        return {**dense_plan, **moe_plan}
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """The expert-parallel plan: whole experts with their biases, dealt out to the ranks."""
+        return {**MOE_EP_PLAN, **(MOE_BIAS_EP_PLAN if self.biased_experts else {})}
 
     def num_experts_in(self, layer_index: int) -> int:
         """Number of routed experts of a sparse layer."""

@@ -42,6 +42,13 @@ def find_family(config: PreTrainedConfig) -> Family:
                 f"The source is a mixture of experts already (model_type {config.model_type!r}, {field}="
                 f"{getattr(config, field)}). Upcycling starts from a dense model."
             )
+    text_config = config.get_text_config()
+    if text_config is not config and text_config.model_type in FAMILIES:
+        raise UpcycleError(
+            f"The source (model_type {config.model_type!r}) understands more than text, and only its text model "
+            f"({text_config.model_type!r}) can be upcycled. Put that into a model of its own, made with "
+            "`config.text_config`, and save it first."
+        )
     if config.model_type not in FAMILIES:
         raise UpcycleError(
             f"model_type {config.model_type!r} cannot be upcycled yet. Supported are {sorted(FAMILIES)}; CONTRIBUTING.md "

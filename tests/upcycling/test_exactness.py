@@ -16,10 +16,11 @@ from hf_moe.upcycling import families
 INTERMEDIATE = 384
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def dense_and_blocks(family: str, dtype: torch.dtype):
     """A dense model with weights of one type, and what went into and came out of each feed-forward in float32."""
-    dense = dense_model(family, DEFAULT_HEADS.get(family, "ForCausalLM"), intermediate_size=INTERMEDIATE)
+    head, values = DEFAULT_HEADS.get(family, "ForCausalLM"), ACTIVATIONS.get(family, {})
+    dense = dense_model(family, head, intermediate_size=INTERMEDIATE, **values)
     with_unit_pre_activations(dense)
     dense = cast(dense, dtype)
     computed = type(dense)(dense.config).eval()
@@ -62,6 +63,8 @@ def sample(config) -> dict[str, torch.Tensor]:
 
 
 DEFAULT_HEADS = {"bert": "Model", "vit": "Model"}
+# The matrix's numbers for gated feed-forwards are those of SiLU.
+ACTIVATIONS = dict.fromkeys(("gemma2", "gemma3_text"), {"hidden_activation": "silu"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

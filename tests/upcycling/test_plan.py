@@ -24,9 +24,9 @@ def matrix_flops(model, tokens: int) -> int:
 
 @pytest.mark.parametrize("method", ["copy", "residual"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_plan_is_what_comes_true(family, method, tied):
+def test_plan_is_what_comes_true(core_family, method, tied):
     recipe = UpcycleConfig(method=method, num_experts=6, num_experts_per_tok=2, layers=[0, 2])
-    dense = dense_model(family, tie_word_embeddings=tied)
+    dense = dense_model(core_family, tie_word_embeddings=tied)
     plan = plan_upcycle(dense.config, recipe)
     moe = upcycle_model(dense, recipe)
     assert plan.architecture == type(moe).__name__
