@@ -6,7 +6,7 @@ import importlib
 import transformers
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("bert", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "vit")
 
 
 def register() -> dict[str, type]:

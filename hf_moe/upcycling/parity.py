@@ -86,18 +86,20 @@ def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     window = getattr(dense.config, "sliding_window", None) or 0
     length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
     length = min(length, dense.config.max_position_embeddings)
+    rows = -(-needed // length)
     if any(path.name.startswith(("tokenizer", "vocab")) for path in dense.auxiliary_files()):
         try:
             ids = AutoTokenizer.from_pretrained(dense.folder, trust_remote_code=False)(TEXT)["input_ids"]
-            return Sample({"input_ids": torch.tensor([(ids * (length // len(ids) + 1))[:length]])}, length, True)
+            ids = (ids * (rows * length // len(ids) + 1))[: rows * length]
+            return Sample({"input_ids": torch.tensor(ids).view(rows, length)}, rows * length, True)
         except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
             logger.warning(
                 f"The tokenizer of {dense.source} does not load; random tokens are compared instead. ({error})"
             )
     else:
         logger.warning(f"{dense.source} has no tokenizer: none is copied, and random tokens are compared.")
-    ids = torch.randint(dense.config.vocab_size, (1, length), generator=generator)
-    return Sample({"input_ids": ids}, length, False)
+    ids = torch.randint(dense.config.vocab_size, (rows, length), generator=generator)
+    return Sample({"input_ids": ids}, rows * length, False)
 
 
 def _random_images(config: PreTrainedConfig, num_tokens: int, generator: torch.Generator) -> Sample:
@@ -142,7 +144,7 @@ def measure_parity(
     parity: dict[str, Any] = {
         "num_tokens": sample.num_tokens,
         "text": sample.is_text,
-        "beyond_window": sample.num_tokens > window if window else None,
+        "beyond_window": sample.inputs["input_ids"].shape[1] > window if window else None,
     }
     num_layers, num_blocks = dense_config.num_hidden_layers, len(plan.experts_in_layer)
     for dtype in dict.fromkeys((torch.float32, dense_config.dtype)):
@@ -289,9 +291,8 @@ class _Tensors(Mapping):
         self.checkpoint, self.dtype = checkpoint, dtype
         names = in_memory_names(list(checkpoint), model)
         self.name_on_disk = {in_memory: on_disk for on_disk, in_memory in names.items()}
-        if model.config.tie_word_embeddings:
-            tied = model.all_tied_weights_keys
-            self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
+        tied = model.all_tied_weights_keys
+        self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.on_disk(self.name_on_disk[name], None)
@@ -319,6 +320,7 @@ def streamed_model(
         target (`Target`, *optional*): What the model is, if it is a mixture of experts; its experts are read one by one.
     """
     config = copy.deepcopy(config)
+    config.chunk_size_feed_forward = 0  # each feed-forward is to run once
     if target is not None:
         config._experts_implementation = "hf_moe_streamed"
     with init_empty_weights(include_buffers=False):
@@ -360,9 +362,12 @@ def _streamed_experts_forward(
     for expert_index in top_k_index.unique().tolist():
         expert = self.read_expert(expert_index)
         token, slot = torch.where(top_k_index == expert_index)
-        hidden = F.linear(hidden_states[token], expert.up_proj, expert.up_bias)
+        # As grouped_mm does, the product is rounded before the bias is added.
+        hidden = F.linear(hidden_states[token], expert.up_proj)
+        hidden = hidden if expert.up_bias is None else hidden + expert.up_bias
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        slots[token, slot] = F.linear(hidden, expert.down_proj, expert.down_bias)
+        output = F.linear(hidden, expert.down_proj)
+        slots[token, slot] = output if expert.down_bias is None else output + expert.down_bias
     return (slots * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..hub.card import read_parent_card, write_model_card
 from ..version import __version__
 from .checkpoint import Checkpoint
-from .convert import DenseTensors, Step, in_memory_names, plan_steps
+from .convert import DenseTensors, Step, names_to_convert, plan_steps
 from .errors import UpcycleError
 from .methods import METHODS
 from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
@@ -78,10 +78,10 @@ def upcycle(
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
     _check_output(output_dir, incomplete, source, overwrite)
     checkpoint = Checkpoint(source, revision)
+    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
+    checkpoint.rename(names_to_convert(list(checkpoint), dense_model))
     checkpoint.config.dtype = checkpoint.main_dtype()
     plan = plan_upcycle(checkpoint.config, recipe)
-    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
-    checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
     dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
     steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
