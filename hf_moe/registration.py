@@ -7,8 +7,11 @@ import transformers
 
 
 FAMILIES = (
+    "bert",
     "gemma2",
     "gemma3_text",
+    "gpt2",
+    "gpt_neox",
     "granite",
     "llama",
     "mistral",
@@ -19,6 +22,7 @@ FAMILIES = (
     "qwen3",
     "smollm3",
     "stablelm",
+    "vit",
 )
 
 

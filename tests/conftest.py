@@ -37,10 +37,12 @@ FAMILIES = {
     "smollm3": "SmolLM3",
     "stablelm": "StableLm",
 }
+# Families whose feed-forwards have no gate. Not all of them are language models, so tests of their own look at them.
+UNGATED_FAMILIES = {"bert": "Bert", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "vit": "ViT"}
 # The families that stand for all of them in tests of what is the same for every family.
 CORE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Dense classes that are not called as ours are.
-DENSE_NAMES = {"Gemma3TextForCausalLM": "Gemma3ForCausalLM"}
+DENSE_NAMES = {"Gemma3TextForCausalLM": "Gemma3ForCausalLM", "GPT2ForCausalLM": "GPT2LMHeadModel"}
 
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 ROPE_PER_LAYER_TYPE = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
@@ -64,8 +66,15 @@ TINY = {
 # hidden_size / heads where the family lets it differ.
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 4.0}
 TINY_OF_FAMILY = {
+    "bert": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
     "gemma2": {**GEMMA, **ALTERNATING},
     "gemma3_text": {**GEMMA, **ALTERNATING, "rope_parameters": ROPE_PER_LAYER_TYPE},
+    "gpt2": {"n_inner": 48, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "gpt_neox": {
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
     "granite": {
         "head_dim": 16,
         "embedding_multiplier": 3.0,
@@ -87,6 +96,7 @@ TINY_OF_FAMILY = {
         "qk_layernorm": True,
         "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
     },
+    "vit": {"image_size": 16, "patch_size": 4, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
 }
 
 torch.manual_seed(0)
@@ -145,13 +155,13 @@ def core_family(request) -> str:
 
 def dense_class(family: str, name: str) -> type:
     """The transformers class whose counterpart is `Moe<Family><name>`."""
-    name = FAMILIES[family] + name
+    name = {**FAMILIES, **UNGATED_FAMILIES}[family] + name
     return getattr(transformers, DENSE_NAMES.get(name, name))
 
 
 def moe_class(family: str, name: str) -> type:
     """The class of hf_moe whose name ends in `name`."""
-    return getattr(hf_moe, f"Moe{FAMILIES[family]}{name}")
+    return getattr(hf_moe, "Moe" + {**FAMILIES, **UNGATED_FAMILIES}[family] + name)
 
 
 def dense_config(family: str, **values) -> transformers.PreTrainedConfig:

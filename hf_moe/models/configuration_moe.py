@@ -42,6 +42,13 @@ MOE_BIAS_EP_PLAN = {
 }
 
 
+def ungated_ep_plan(layers: str) -> dict[str, str]:
+    """The expert-parallel plan of a backbone that keeps its layers in `layers`, for experts without a gate and with biases."""
+    experts = f"{layers}.*.mlp.experts"
+    tensors = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+    return {**{f"{experts}.{tensor}": "grouped_gemm" for tensor in tensors}, experts: "ep_dispatch_experts"}
+
+
 @dataclass(kw_only=True)
 class MoeConfigMixin:
     r"""
@@ -98,6 +105,10 @@ class MoeConfigMixin:
     mlp_layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        # Fields that were given by an alias, such as `hidden_size` for GPT-2's `n_embd`: defaults depend on them.
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         if self.mlp_layer_types is None:
@@ -165,6 +176,10 @@ class MoeConfigMixin:
         if "sparse" not in self.mlp_layer_types:
             raise ValueError(
                 "`mlp_layer_types` has no 'sparse' layer: such a model is dense, use its dense class instead."
+            )
+        if getattr(self, "add_cross_attention", False):
+            raise ValueError(
+                "`add_cross_attention` is not supported: sparse layers are for models without a second input."
             )
         if self.use_shared_expert_gate and self.shared_expert_intermediate_size is None:
             raise ValueError("`use_shared_expert_gate` needs a `shared_expert_intermediate_size`.")

@@ -13,7 +13,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -44,6 +43,12 @@ AUXILIARY_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
+    "*processor_config.json",
+    # What makes an encoder a sentence encoder: the list of its modules, and a folder for each, such as 1_Pooling.
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/*",
     "LICENSE*",
     "NOTICE*",
 )
@@ -78,8 +83,8 @@ class Checkpoint:
         return iter(self.file_of)
 
     def rename(self, new_names: dict[str, str]) -> None:
-        """Call the tensors by other names from now on; `new_names` has one for each."""
-        self.file_of = {new_names[name]: path for name, path in self.file_of.items()}
+        """Call the tensors by other names from now on, and forget those for which `new_names` has none."""
+        self.file_of = {new_names[name]: path for name, path in self.file_of.items() if name in new_names}
         self._name_on_disk = {new: old for old, new in new_names.items()}
 
     def read(self, name: str, check_finite: bool = True) -> torch.Tensor:
@@ -105,13 +110,25 @@ class Checkpoint:
             return file.get_slice(self._name_on_disk.get(name, name))[index].clone()
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Data type and shape of a tensor, without reading it."""
+        """
+        Data type and shape of a tensor, without reading it.
+
+        Raises:
+            UpcycleError: if it does not hold floating-point numbers of a common type.
+        """
         path, on_disk = self.file_of[name], self._name_on_disk.get(name, name)
         if path.suffix == ".bin":
             tensor = _load_bin(path)[on_disk]
-            return tensor.dtype, tuple(tensor.shape)
-        view = self._open(path).get_slice(on_disk)
-        return SAFETENSORS_DTYPES[view.get_dtype()], tuple(view.get_shape())
+            dtype, shape = tensor.dtype, tensor.shape
+        else:
+            view = self._open(path).get_slice(on_disk)
+            dtype, shape = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()), view.get_shape()
+        if dtype not in SAFETENSORS_DTYPES.values():
+            raise UpcycleError(
+                f"{path.name}: tensor {on_disk!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a "
+                "quantized checkpoint must be dequantized first."
+            )
+        return dtype, tuple(shape)
 
     def main_dtype(self) -> torch.dtype:
         """The data type that most of the bytes have."""
@@ -148,7 +165,7 @@ class Checkpoint:
         return self._handles[path]
 
     def auxiliary_files(self) -> list[Path]:
-        """Tokenizer, chat templates, generation config and licence, relative to the folder."""
+        """Tokenizer, processor, chat templates, generation config and licence, relative to the folder."""
         found = {path for pattern in AUXILIARY_FILES for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(self.folder) for path in found)
 
@@ -249,30 +266,15 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _names(path: Path) -> list[str]:
     if path.suffix == ".bin":
-        types = {name: tensor.dtype for name, tensor in _load_bin(path).items()}
-        wrong = {name: dtype for name, dtype in types.items() if dtype not in SAFETENSORS_DTYPES.values()}
-        _refuse_types(path, wrong)
-        return list(types)
+        return list(_load_bin(path))
     try:
         with safe_open(path, framework="pt", backend="pread") as file:
-            names = list(file.keys())
-            types = {name: file.get_slice(name).get_dtype() for name in names}
-        wrong = {name: dtype for name, dtype in types.items() if dtype not in SAFETENSORS_DTYPES}
-        _refuse_types(path, wrong)
-        return names
+            return list(file.keys())
     except SafetensorError as error:
         raise UpcycleError(
             f"{path.name} is no complete safetensors file ({error}); a download or copy was probably cut short. Download "
             "it again."
         ) from error
-
-
-def _refuse_types(path: Path, wrong: dict[str, Any]) -> None:
-    for name, dtype in wrong.items():
-        raise UpcycleError(
-            f"{path.name}: tensor {name!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a quantized "
-            "checkpoint must be dequantized first."
-        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -21,8 +21,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from ..models.configuration_moe_bert import MoeBertConfig
 from ..models.configuration_moe_gemma2 import MoeGemma2Config
 from ..models.configuration_moe_gemma3_text import MoeGemma3TextConfig
+from ..models.configuration_moe_gpt2 import MoeGPT2Config
+from ..models.configuration_moe_gpt_neox import MoeGPTNeoXConfig
 from ..models.configuration_moe_granite import MoeGraniteConfig
 from ..models.configuration_moe_llama import MoeLlamaConfig
 from ..models.configuration_moe_mistral import MoeMistralConfig
@@ -33,6 +36,7 @@ from ..models.configuration_moe_qwen2 import MoeQwen2Config
 from ..models.configuration_moe_qwen3 import MoeQwen3Config
 from ..models.configuration_moe_smollm3 import MoeSmolLM3Config
 from ..models.configuration_moe_stablelm import MoeStableLmConfig
+from ..models.configuration_moe_vit import MoeViTConfig
 from .feed_forward import FeedForwardNames
 from .layouts import FusedLayout, PerExpertLayout
 from .router_init import RouterInput
@@ -95,6 +99,8 @@ class Family:
         feed_forward (`FeedForwardNames`): Where a layer keeps its feed-forward.
         router_input: From the function that reads a tensor of the backbone, the layer's name with a dot at the end and its
             index to what is known of the states that the feed-forward sees: [`after_norm`] or [`residual_stream`].
+        once_per_sequence (`dict[str, tuple[str, ...]]`): By what our class' name ends in, the modules that run once for a
+            sequence, not for every token.
     """
 
     prefix: str
@@ -106,6 +112,7 @@ class Family:
     router_input: Callable[["ReadTensor", str, int], RouterInput] = field(
         default_factory=lambda: after_norm("post_attention_layernorm")
     )
+    once_per_sequence: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 ReadTensor = Callable[[str], Any]  # a tensor, or None if there is none of that name
@@ -161,13 +168,13 @@ def _sum_of_squares(tensor: torch.Tensor) -> float:
 OLMO_ROUTER_INPUT = residual_stream("embed_tokens", "post_attention_layernorm", "post_feedforward_layernorm")
 
 
-def _own_target(config_class: type[PreTrainedConfig]) -> Target:
+def _own_target(config_class: type[PreTrainedConfig], *extra_fields: str) -> Target:
     prefix = config_class.__name__.removesuffix("Config")
     return Target(
         config_class,
         FusedLayout(),
         prefix,
-        extra_fields=("head_dim", "layer_types"),
+        extra_fields=("head_dim", "layer_types", *extra_fields),
         mixed_layers=True,
         biased_experts=True,
     )
@@ -229,6 +236,27 @@ FAMILIES: dict[str, Family] = {
         router_input=after_norm("pre_feedforward_layernorm", offset=1.0),
     ),
     "granite": Family("Granite", _own_target(MoeGraniteConfig)),
+    "bert": Family(
+        "Bert",
+        _own_target(MoeBertConfig),
+        layers="encoder.layer",
+        feed_forward=FeedForwardNames(up="intermediate.dense", down="output.dense"),
+        router_input=after_norm("attention.output.LayerNorm"),
+        once_per_sequence={"Model": ("pooler",), "ForSequenceClassification": ("bert.pooler", "classifier")},
+    ),
+    "gpt2": Family(
+        "GPT2",
+        _own_target(MoeGPT2Config, "classifier_dropout", "hidden_dropout"),
+        heads={"ForCausalLM": "LMHeadModel"},
+        layers="h",
+        feed_forward=FeedForwardNames(up="mlp.c_fc", down="mlp.c_proj", transposed=True),
+        router_input=after_norm("ln_2"),
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX",
+        _own_target(MoeGPTNeoXConfig),
+        feed_forward=FeedForwardNames(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
+    ),
     "llama": Family("Llama", _own_target(MoeLlamaConfig), (MIXTRAL,)),
     "mistral": Family("Mistral", _own_target(MoeMistralConfig), (MIXTRAL,)),
     "olmo2": Family("Olmo2", _own_target(MoeOlmo2Config), router_input=OLMO_ROUTER_INPUT),
@@ -246,5 +274,12 @@ FAMILIES: dict[str, Family] = {
         _own_target(MoeStableLmConfig),
         # A parallel residual has one norm for both; otherwise the feed-forward has its own.
         router_input=after_norm("post_attention_layernorm", "input_layernorm"),
+    ),
+    "vit": Family(
+        "ViT",
+        _own_target(MoeViTConfig),
+        feed_forward=FeedForwardNames(up="mlp.fc1", down="mlp.fc2"),
+        router_input=after_norm("layernorm_after"),
+        once_per_sequence={"Model": ("pooler",), "ForImageClassification": ("classifier",)},
     ),
 }

@@ -165,7 +165,7 @@ class FeedForwardNames:
 
         def weight(module: str) -> torch.Tensor:
             tensor = tensors[f"{layer}{module}.weight"]
-            return tensor.T if self.transposed else tensor
+            return tensor.T.contiguous() if self.transposed else tensor
 
         up, up_bias = weight(self.up), tensors.get(f"{layer}{self.up}.bias")
         gate, gate_bias = None, None

@@ -91,15 +91,16 @@ def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     window = getattr(dense.config, "sliding_window", None) or 0
     length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
     length = min(length, dense.config.max_position_embeddings)
+    rows = -(-needed // length)
     tokenizer = load_tokenizer(dense)
     if tokenizer is not None:
         texts = [read_text(Path(file)) for file in recipe.calibration_files] or [TEXT]
-        share = -(-length // len(texts))
+        share = -(-rows * length // len(texts))
         ids = [token for text in texts for token in _repeated(tokenizer(text, verbose=False)["input_ids"], share)]
-        return Sample({"input_ids": torch.tensor([ids[:length]])}, length, True)
+        return Sample({"input_ids": torch.tensor(ids[: rows * length]).view(rows, length)}, rows * length, True)
     logger.warning(f"{dense.source} has no tokenizer that loads: random tokens are compared.")
-    ids = torch.randint(dense.config.vocab_size, (1, length), generator=generator)
-    return Sample({"input_ids": ids}, length, False)
+    ids = torch.randint(dense.config.vocab_size, (rows, length), generator=generator)
+    return Sample({"input_ids": ids}, rows * length, False)
 
 
 def _repeated(ids: list[int], length: int) -> list[int]:
@@ -149,7 +150,7 @@ def measure_parity(
     parity: dict[str, Any] = {
         "num_tokens": sample.num_tokens,
         "text": sample.is_text,
-        "beyond_window": sample.num_tokens > window if window else None,
+        "beyond_window": sample.inputs["input_ids"].shape[1] > window if window else None,
     }
     num_layers, num_blocks = dense_config.num_hidden_layers, len(plan.experts_in_layer)
     for dtype in dict.fromkeys((torch.float32, dense_config.dtype)):
@@ -304,9 +305,8 @@ class _Tensors(Mapping):
         self.checkpoint, self.dtype = checkpoint, dtype
         names = in_memory_names(list(checkpoint), model)
         self.name_on_disk = {in_memory: on_disk for on_disk, in_memory in names.items()}
-        if model.config.tie_word_embeddings:
-            tied = model.all_tied_weights_keys
-            self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
+        tied = model.all_tied_weights_keys
+        self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.on_disk(self.name_on_disk[name], None)
@@ -334,6 +334,7 @@ def streamed_model(
         target (`Target`, *optional*): What the model is, if it is a mixture of experts; its experts are read one by one.
     """
     config = copy.deepcopy(config)
+    config.chunk_size_feed_forward = 0  # each feed-forward is to run once
     if target is not None:
         config._experts_implementation = "hf_moe_streamed"
     with init_empty_weights(include_buffers=False):
@@ -377,9 +378,12 @@ def _streamed_experts_forward(
     for expert_index in top_k_index.unique().tolist():
         expert = self.read_expert(expert_index)
         token, slot = torch.where(top_k_index == expert_index)
-        hidden = F.linear(hidden_states[token], expert.up_proj, expert.up_bias)
+        # As grouped_mm does, the product is rounded before the bias is added.
+        hidden = F.linear(hidden_states[token], expert.up_proj)
+        hidden = hidden if expert.up_bias is None else hidden + expert.up_bias
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        slots[token, slot] = F.linear(hidden, expert.down_proj, expert.down_bias)
+        output = F.linear(hidden, expert.down_proj)
+        slots[token, slot] = output if expert.down_bias is None else output + expert.down_bias
     return (slots * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 

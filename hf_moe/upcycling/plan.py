@@ -51,8 +51,9 @@ class UpcyclePlan:
         num_active_parameters (`int`): Parameters that one token uses, embeddings included.
         num_dense_parameters (`int`): Parameters of the dense model.
         bytes (`int`): Bytes of the result's weights, in the data type of the dense configuration.
-        flops_per_token (`int`): Floating-point operations of one token's forward pass in matrix products with weights:
-            attention scores, which depend on the length of the context, are left out.
+        flops_per_token (`int`): Floating-point operations of one token's forward pass in matrix products with weights.
+            Left out are attention scores, which depend on the length of the context, and what runs once per sequence: a
+            pooler, and a classifier behind it. For images a token is a patch, its projection included.
         dense_flops_per_token (`int`): The same for the dense model.
         experts_in_layer (`dict[int, int]`): Number of routed experts by the index of every converted layer.
         sizes (`LayerSizes`): Sizes of the experts.
@@ -126,6 +127,7 @@ def plan_upcycle(
     idle = idle_experts * expert.numel
     idle_weights = idle_experts * sum(tensor.numel() for tensor in expert[:3] if tensor is not None)
     reason = inexact_because(recipe, dense_config.dtype or torch.float32, dense.is_gated)
+    once_per_sequence = tuple(f"{module}." for module in family.once_per_sequence.get(head, ()))
     return UpcyclePlan(
         model_type=target_config.model_type,
         architecture=type(model).__name__,
@@ -137,8 +139,8 @@ def plan_upcycle(
         num_active_parameters=num_parameters - idle,
         num_dense_parameters=dense_model.num_parameters(),
         bytes=num_parameters * (dense_config.dtype or torch.float32).itemsize,
-        flops_per_token=_matrix_flops(model) - 2 * idle_weights,
-        dense_flops_per_token=_matrix_flops(dense_model),
+        flops_per_token=_matrix_flops(model, once_per_sequence) - 2 * idle_weights,
+        dense_flops_per_token=_matrix_flops(dense_model, once_per_sequence),
         experts_in_layer=experts_in,
         sizes=sizes,
         target=target,
@@ -191,7 +193,7 @@ def _sizes(recipe: UpcycleConfig, expert_counts: list[int], intermediate_size: i
     return result
 
 
-def _matrix_flops(model: PreTrainedModel) -> int:
+def _matrix_flops(model: PreTrainedModel, left_out: tuple[str, ...]) -> int:
     """Two operations per weight of every matrix that multiplies a token, each expert once."""
     output = model.get_output_embeddings()
     looked_up = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -200,5 +202,9 @@ def _matrix_flops(model: PreTrainedModel) -> int:
     return 2 * sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and not name.endswith("bias") and parameter not in looked_up
+        if parameter.dim() >= 2
+        and not name.endswith("bias")
+        and not name.startswith(left_out)
+        and parameter not in looked_up
+        and not (parameter.dim() == 3 and len(parameter) == 1)  # what is added to an image's tokens, not multiplied
     )

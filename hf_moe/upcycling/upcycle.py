@@ -25,7 +25,7 @@ from ..training.statistics import RoutingStatistics
 from ..version import __version__
 from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
 from .checkpoint import Checkpoint, load_tokenizer
-from .convert import DenseTensors, Step, in_memory_names, plan_steps
+from .convert import DenseTensors, Step, names_to_convert, plan_steps
 from .errors import UpcycleError
 from .feed_forward import FeedForward
 from .methods import METHODS
@@ -101,13 +101,13 @@ def upcycle(
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
     _check_output(output_dir, incomplete, source, overwrite)
     checkpoint = Checkpoint(source, revision)
+    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
+    checkpoint.rename(names_to_convert(list(checkpoint), dense_model))
     checkpoint.config.dtype = checkpoint.main_dtype()
     sha256 = _in_background(lambda: checkpoint.sha256(progress))
     plan = plan_upcycle(checkpoint.config, recipe)
     for warning in plan.warnings:
         logger.warning(warning)
-    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
-    checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
     dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
     observations: Observations = {index: {} for index in plan.experts_in_layer}
     steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout, observations)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import FAMILIES, cast, dense_model
+from conftest import FAMILIES, UNGATED_FAMILIES, cast, dense_model
 from exactness_matrix import BEGIN, CASES, END, GUIDE, render
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle_model
@@ -68,7 +68,7 @@ ACTIVATIONS = dict.fromkeys(("gemma2", "gemma3_text"), {"hidden_activation": "si
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *UNGATED_FAMILIES])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}, {'' if case.normalised else 'not '}normalised")
 def test_matrix(case, family, dtype):
     dense, seen = dense_and_blocks(family, dtype)

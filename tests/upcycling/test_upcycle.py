@@ -621,7 +621,7 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         case "unknown":
             config["model_type"] = "no_such_model"
         case "other family":
-            config = transformers.GPT2Config().to_dict()
+            config = transformers.BloomConfig().to_dict()
         case "moe":
             config = transformers.MixtralConfig().to_dict()
         case "quantized":
@@ -653,7 +653,7 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         ("unknown", "no_such_model"),
         (
             "other family",
-            "model_type 'gpt2' cannot be upcycled yet. Supported are \\[.*'llama', 'mistral'",
+            "model_type 'bloom' cannot be upcycled yet. Supported are \\['bert', .*'llama', 'mistral'",
         ),
         ("moe", "is a mixture of experts already \\(model_type 'mixtral', num_.*experts=8\\)"),
         ("quantized", "quantization_config"),
