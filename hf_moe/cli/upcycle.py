@@ -14,8 +14,20 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
 RecipeOpt = Annotated[Path | None, typer.Option(help="YAML file with fields of UpcycleConfig; options override it.")]
-MethodOpt = Annotated[str | None, typer.Option(help="How experts are made: copy (default) or residual.")]
+MethodOpt = Annotated[
+    str | None,
+    typer.Option(help="How experts are made: copy (default), residual, granular, drop, qwen, split or compose."),
+]
 NumExpertsOpt = Annotated[int | None, typer.Option(help="Routed experts per layer (default 8).")]
+ExpertOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert", help="Checkpoint of one expert, for compose: folder, Hub id[@revision] or 'base'. Repeat it."
+    ),
+]
+ComposeRestOpt = Annotated[
+    str | None, typer.Option(help="For compose, where the rest comes from: base (default) or mean of the experts.")
+]
 TopKOpt = Annotated[int | None, typer.Option("--top-k", help="Routed experts per token (default 2).")]
 TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (default), native or hf_moe.")]
 LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert: 4,6,8-11, ::2 or -4: (default all).")]
@@ -23,7 +35,9 @@ NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weig
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-VerifyOpt = Annotated[str | None, typer.Option(help="What to compare: full (default), layers or none.")]
+VerifyOpt = Annotated[
+    str | None, typer.Option(help="What to compare: full (default), layers, per_expert (compose) or none.")
+]
 
 
 def plan(
@@ -31,6 +45,8 @@ def plan(
     recipe: RecipeOpt = None,
     method: MethodOpt = None,
     num_experts: NumExpertsOpt = None,
+    expert: ExpertOpt = None,
+    compose_rest: ComposeRestOpt = None,
     top_k: TopKOpt = None,
     target: TargetOpt = None,
     layers: LayersOpt = None,
@@ -66,6 +82,8 @@ def upcycle(
     recipe: RecipeOpt = None,
     method: MethodOpt = None,
     num_experts: NumExpertsOpt = None,
+    expert: ExpertOpt = None,
+    compose_rest: ComposeRestOpt = None,
     top_k: TopKOpt = None,
     target: TargetOpt = None,
     layers: LayersOpt = None,
@@ -106,6 +124,7 @@ def upcycle(
             if low_precision
             else {}
         ),
+        **{f"expert_error {entry}": _error(error) for entry, error in (report.expert_errors or {}).items()},
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
@@ -132,4 +151,7 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     values.update({name: value for name, value in options.items() if name in fields and value is not None})
     if options["top_k"] is not None:
         values["num_experts_per_tok"] = options["top_k"]
+    if options["expert"]:
+        values["experts"] = options["expert"]
+        values["num_experts"] = options["num_experts"]  # as many as were given, whatever the file had
     return UpcycleConfig(**values)

@@ -32,7 +32,8 @@ from .errors import UpcycleError
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-AUXILIARY_FILES = (
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
+TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -42,9 +43,8 @@ AUXILIARY_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
 )
+AUXILIARY_FILES = (*TOKENIZER_FILES, *LICENCE_FILES)
 
 
 class Checkpoint:
@@ -145,9 +145,9 @@ class Checkpoint:
             self._handles[path] = safe_open(path, framework="pt", backend="pread")
         return self._handles[path]
 
-    def auxiliary_files(self) -> list[Path]:
+    def auxiliary_files(self, patterns: tuple[str, ...] = AUXILIARY_FILES) -> list[Path]:
         """Tokenizer, chat templates, generation config and licence, relative to the folder."""
-        found = {path for pattern in AUXILIARY_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(self.folder) for path in found)
 
     def _find_tensors(self) -> dict[str, Path]:
