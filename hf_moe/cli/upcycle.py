@@ -124,7 +124,7 @@ def upcycle(
             if low_precision
             else {}
         ),
-        **{f"expert_error {entry}": _error(error) for entry, error in (report.expert_errors or {}).items()},
+        expert_errors=_errors(report.expert_errors),
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
@@ -140,6 +140,12 @@ def _count(number: int) -> str | int:
 def _error(value: float | None) -> str | float | None:
     """With two digits for people, in full for programs."""
     return f"{value:.1e}" if out.mode == "human" and value is not None else value
+
+
+def _errors(values: dict[str, float] | None) -> str | dict[str, float] | None:
+    if out.mode != "human" or values is None:
+        return values
+    return ", ".join(f"{_error(error)} ({entry})" for entry, error in values.items())
 
 
 def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":

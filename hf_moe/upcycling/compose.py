@@ -113,7 +113,8 @@ def _fields_with_effect(config: PreTrainedConfig) -> list[str]:
     fields = [*declared, *FAMILIES[config.model_type].target.extra_fields]
     without_effect = {field for field in fields if "drop" in field} | WITHOUT_EFFECT
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "default":
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # some have one per type of layer
+    if all(kind.get("rope_type") == "default" for kind in kinds):
         without_effect.add("max_position_embeddings")  # a promise; other kinds of rope compute with it
     return [field for field in dict.fromkeys(fields) if field not in without_effect]
 

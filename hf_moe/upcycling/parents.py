@@ -164,10 +164,14 @@ def _check_tokens(tokenizer: Parent, parents: Sequence[Parent]) -> None:
 def _say_what_base_lacks(base: Parent, parent: Parent) -> None:
     given, kept = (getattr(config, "vocab_size", 0) for config in (parent.config, base.config))
     if given != kept:
-        ignored = f"{given - kept} rows of its embeddings are ignored" if given > kept else "it lacks some of them"
+        lost = (
+            f"{given - kept} rows of its embeddings are ignored"
+            if given > kept
+            else "it was trained without some of them"
+        )
         logger.warning(
             f"Expert {parent.entry!r} has {given} tokens, the base {kept}: compose_rest='base' keeps the base's embeddings and "
-            f"tokenizer, {ignored}."
+            f"tokenizer; {lost}."
         )
     other = [index for index, token in sorted(base.tokens.items()) if parent.tokens.get(index, token) != token]
     if other:
@@ -181,17 +185,22 @@ def _in_types_of(base: Parent, parent: Parent) -> DenseTensors:
     """The parent's tensors in the data types of the base."""
 
     def read(name: str) -> torch.Tensor:
-        tensor, dtype = parent.tensors.read(name), base.tensors.info[name][0]
-        if tensor.dtype != dtype:
-            tensor = tensor.to(dtype)
-            if not torch.isfinite(tensor).all():
-                raise UpcycleError(
-                    f"Expert {parent.entry!r}: tensor {name!r} holds values beyond the range of {dtype}, the type of the base. "
-                    "Save the base in a wider type first."
-                )
-        return tensor
+        with about_expert(parent.entry):
+            return _in_type(name, parent.tensors.read(name), base.tensors.info[name][0])
 
     return DenseTensors(parent.tensors.info, read)
+
+
+def _in_type(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    tensor = tensor.to(dtype)
+    if not torch.isfinite(tensor).all():
+        raise UpcycleError(
+            f"Tensor {name!r} holds values beyond the range of {dtype}, the type of the base. Save the base in a wider type "
+            "first."
+        )
+    return tensor
 
 
 def _names_of_experts(base: Parent, recipe: UpcycleConfig) -> list[str]:
@@ -247,4 +256,4 @@ def _mean(name: str, info: TensorInfo, base: Parent, parents: Sequence[Parent]) 
         total[start:end] /= sum(count >= end for count in rows)
     if max(rows) < shape[0]:
         total[max(rows) :] = base.tensors.read(name)[max(rows) :]
-    return total.to(dtype)
+    return _in_type(name, total, dtype)

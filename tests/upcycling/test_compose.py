@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, assert_close, cast, dense_config, dense_model, randomize, save_tokenizer
+from conftest import FAMILIES, assert_close, cast, dense_config, dense_model, force_expert, randomize, save_tokenizer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
@@ -71,19 +71,6 @@ def load(folder, **arguments) -> transformers.PreTrainedModel:
     return model
 
 
-def force(model: transformers.PreTrainedModel, expert: int) -> transformers.PreTrainedModel:
-    """Every router chooses this one expert for every slot."""
-
-    def choose(module, args, output):
-        logits, weights, index = output
-        return logits, torch.full_like(weights, 1 / weights.shape[-1]), torch.full_like(index, expert)
-
-    for name, module in model.named_modules():
-        if name.endswith(".mlp.gate"):
-            module.register_forward_hook(choose)
-    return model
-
-
 @pytest.mark.parametrize("target", ["native", "hf_moe"])
 @torch.no_grad()
 def test_each_expert_alone_is_its_parent(family, target, tmp_path):
@@ -92,7 +79,7 @@ def test_each_expert_alone_is_its_parent(family, target, tmp_path):
     name = NATIVE[family] if target == "native" else f"Moe{FAMILIES[family]}"
     assert type(load(tmp_path / "moe")).__name__ == f"{name}ForCausalLM"
     for index, parent in enumerate((code, law, base, code)):
-        assert_close(force(load(tmp_path / "moe"), index)(ids()).logits, load(parent)(ids()).logits)
+        assert_close(force_expert(load(tmp_path / "moe"), index)(ids()).logits, load(parent)(ids()).logits)
     assert report.expert_errors.keys() == {code, law, "base"}
     assert max(report.expert_errors.values()) <= 1e-5
     assert [row["experts"] for row in report.parity["per_expert"]] == [[0, 3], [1], [2]]
@@ -105,7 +92,7 @@ def test_each_expert_alone_is_its_parent(family, target, tmp_path):
 def test_biased_feed_forwards(tmp_path):
     base, code, law = make_family(tmp_path, mlp_bias=True)
     upcycle(base, tmp_path / "moe", recipe(code, law))
-    assert_close(force(load(tmp_path / "moe"), 1)(ids()).logits, load(law)(ids()).logits)
+    assert_close(force_expert(load(tmp_path / "moe"), 1)(ids()).logits, load(law)(ids()).logits)
 
 
 @torch.no_grad()
@@ -118,7 +105,7 @@ def test_chosen_layers(tmp_path):
     # Six matrices of the layers that stay dense are the base's.
     assert [row["num_differing_tensors"] for row in report.parity["per_expert"]] == [6, 6]
     dense.model.layers[1].mlp = load(law).model.layers[1].mlp
-    assert_close(force(moe, 1)(ids()).logits, dense(ids()).logits)
+    assert_close(force_expert(moe, 1)(ids()).logits, dense(ids()).logits)
 
 
 @pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
@@ -132,7 +119,7 @@ def test_other_heads(head, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_of_the_rest(dtype, tmp_path):
     base, code, law = make_family(tmp_path, frozen=False, dtype=dtype)
-    upcycle(base, tmp_path / "moe", recipe(code, law, law, "base", compose_rest="mean"))
+    upcycle(base, tmp_path / "moe", recipe(code, law, law, "base", compose_rest="mean", verify="none"))
     moe = load(tmp_path / "moe", dtype="auto").state_dict()
     models = [load(folder, dtype="auto").state_dict() for folder in (code, law, base)]
     compared = [name for name in models[0] if ".mlp." not in name]
@@ -146,7 +133,7 @@ def test_mean_of_the_rest(dtype, tmp_path):
 
 def test_mean_without_the_base(tmp_path):
     base, code, law = make_family(tmp_path, frozen=False)
-    upcycle(base, tmp_path / "moe", recipe(code, law, compose_rest="mean"))
+    upcycle(base, tmp_path / "moe", recipe(code, law, compose_rest="mean", verify="none"))
     norm = "model.norm.weight"
     models = [load(folder).state_dict()[norm].double() for folder in (code, law)]
     assert torch.equal(load(tmp_path / "moe").state_dict()[norm], ((models[0] + models[1]) / 2).float())
@@ -157,18 +144,19 @@ def test_mean_of_what_was_frozen_is_what_was_frozen(dtype, tmp_path):
     base, code, law = make_family(tmp_path, dtype=dtype)
     report = upcycle(base, tmp_path / "moe", recipe(code, law, "base", compose_rest="mean", verify="per_expert"))
     assert [row["num_differing_tensors"] for row in report.parity["per_expert"]] == [0, 0, 0]
-    upcycle(base, tmp_path / "other", recipe(code, law, "base"))
+    upcycle(base, tmp_path / "other", recipe(code, law, "base", verify="none"))
     assert (tmp_path / "moe" / "model.safetensors").read_bytes() == (
         tmp_path / "other" / "model.safetensors"
     ).read_bytes()
 
 
-@pytest.mark.parametrize("rest", ["base", "mean"])
-@pytest.mark.parametrize("target", ["auto", "hf_moe"])
+@pytest.mark.parametrize(("rest", "target"), [("base", "auto"), ("mean", "hf_moe")])
 def test_in_memory_equals_streamed(family, rest, target, tmp_path):
     folders = make_family(tmp_path, family, frozen=False, dtype=torch.bfloat16)
     models = [load(folder, dtype="auto") for folder in folders]
-    upcycle(folders[0], tmp_path / "moe", recipe(*folders[1:], "base", compose_rest=rest, target=target))
+    upcycle(
+        folders[0], tmp_path / "moe", recipe(*folders[1:], "base", compose_rest=rest, target=target, verify="none")
+    )
     names = recipe("code", "law", "base", compose_rest=rest, target=target)
     moe = upcycle_model(models[0], names, experts={"code": models[1], "law": models[2]})
     streamed = load(tmp_path / "moe", dtype="auto")
@@ -204,7 +192,7 @@ def test_sharded_and_pickled_checkpoints(tmp_path):
     entries = [str(tmp_path / "code"), str(tmp_path / "law")]
     report = upcycle(tmp_path / "base", tmp_path / "moe", recipe(*entries))
     assert max(report.expert_errors.values()) <= 1e-5
-    upcycle(tmp_path / "base", tmp_path / "many", recipe(*entries), max_shard_size="30KB")
+    upcycle(tmp_path / "base", tmp_path / "many", recipe(*entries, verify="none"), max_shard_size="30KB")
     one, many = load(tmp_path / "moe").state_dict(), load(tmp_path / "many").state_dict()
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     assert all(torch.equal(tensor, many[name]) for name, tensor in one.items())
@@ -296,22 +284,27 @@ def test_other_types_are_rounded_and_said_so(tmp_path, caplog):
     assert report.expert_errors["base"] <= 1e-5
 
     caplog.clear()
-    report = upcycle(base, tmp_path / "wide", recipe(half, "base"))
+    report = upcycle(base, tmp_path / "wide", recipe(half, "base", verify="layers"))
     assert "rounded" not in caplog.text
     assert max(max(row["layers"].values()) for row in report.parity["per_expert"]) <= 1e-5
 
 
 def test_values_beyond_the_base_type_are_refused(tmp_path):
     base = dense_model("llama")
-    huge = trained(base, 1)
-    huge.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
-    folder = save(huge, tmp_path / "huge")
+    neuron, norm = trained(base, 1), trained(base, 1)
+    neuron.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    norm.model.norm.weight.data[0] = 1e6
     save(cast(base, torch.float16), tmp_path / "base")
+    folders = [save(model, tmp_path / name) for name, model in (("neuron", neuron), ("norm", norm))]
     with pytest.raises(
-        UpcycleError, match="'model.layers.1.mlp.up_proj.weight' holds values beyond the range of torch.float16"
+        UpcycleError,
+        match="neuron': Tensor 'model.layers.1.mlp.up_proj.weight' holds .* beyond the range of torch.float16",
     ):
-        upcycle(tmp_path / "base", tmp_path / "moe", recipe(folder, "base"))
+        upcycle(tmp_path / "base", tmp_path / "moe", recipe(folders[0], "base"))
+    with pytest.raises(UpcycleError, match="Tensor 'model.norm.weight' holds values beyond the range"):
+        upcycle(tmp_path / "base", tmp_path / "mean", recipe(folders[1], "base", compose_rest="mean"))
     assert not (tmp_path / "moe").exists()
+    assert upcycle(tmp_path / "base", tmp_path / "kept", recipe(folders[1], "base", verify="none"))
 
 
 def with_more_tokens(folder: str, target: Path, *tokens: str, rows: int) -> str:
@@ -340,7 +333,7 @@ def test_base_keeps_its_vocabulary(tied, tmp_path, caplog):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "moe")) == 96
     assert report.parity["per_expert"][1]["inexact_because"] is None, "what both have is equal"
     assert report.expert_errors[chat] <= 1e-5
-    assert_close(force(moe, 1)(ids()).logits, load(chat)(ids()).logits[..., :96])
+    assert_close(force_expert(moe, 1)(ids()).logits, load(chat)(ids()).logits[..., :96])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -349,7 +342,7 @@ def test_mean_has_every_row(tied, tmp_path):
     base, code, law = make_family(tmp_path, frozen=False, tie_word_embeddings=tied)
     code = with_more_tokens(code, tmp_path / "few", "<a>", rows=97)
     law = with_more_tokens(law, tmp_path / "many", "<a>", "<b>", rows=99)
-    report = upcycle(base, tmp_path / "moe", recipe("base", code, law, compose_rest="mean"))
+    report = upcycle(base, tmp_path / "moe", recipe("base", code, law, compose_rest="mean", verify="layers"))
     moe = load(tmp_path / "moe")
     tables = [load(folder).get_input_embeddings().weight.double() for folder in (base, code, law)]
     merged = moe.get_input_embeddings().weight
