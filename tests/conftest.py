@@ -235,3 +235,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = 1e
     scale = expected.float().abs().max().clamp(min=1e-12)
     error = ((actual.float() - expected.float()).abs().max() / scale).item()
     assert error <= bound, f"relative error {error:.2e} > {bound:.0e}"
+
+
+def force_expert(model: transformers.PreTrainedModel, expert: int) -> transformers.PreTrainedModel:
+    """Every router chooses this one expert for every slot, with weights that sum to 1; a later call takes precedence."""
+
+    def choose(module, args, output):
+        logits, weights, index = output
+        return logits, torch.full_like(weights, 1 / weights.shape[-1]), torch.full_like(index, expert)
+
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.gate"):
+            module.register_forward_hook(choose)
+    return model

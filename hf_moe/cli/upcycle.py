@@ -16,8 +16,20 @@ if TYPE_CHECKING:
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
 RecipeOpt = Annotated[Path | None, typer.Option(help="YAML file with fields of UpcycleConfig; options override it.")]
-MethodOpt = Annotated[str | None, typer.Option(help="How experts are made: copy (default), residual, granular, ...")]
+MethodOpt = Annotated[
+    str | None,
+    typer.Option(help="How experts are made: copy (default), residual, granular, drop, qwen, split or compose."),
+]
 NumExpertsOpt = Annotated[int | None, typer.Option(help="Routed experts per layer (default 8).")]
+ExpertOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert", help="Checkpoint of one expert, for compose: folder, Hub id[@revision] or 'base'. Repeat it."
+    ),
+]
+ComposeRestOpt = Annotated[
+    str | None, typer.Option(help="For compose, where the rest comes from: base (default) or mean of the experts.")
+]
 TopKOpt = Annotated[int | None, typer.Option("--top-k", help="Routed experts per token (default 2).")]
 TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (default), native or hf_moe.")]
 LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert: 4,6,8-11, ::2 or -4: (default all).")]
@@ -31,7 +43,9 @@ SetOpt = Annotated[
         "--set", help="Any other field of UpcycleConfig, e.g. --set granularity=4. Can be given several times."
     ),
 ]
-VerifyOpt = Annotated[str | None, typer.Option(help="What to compare: full (default), layers or none.")]
+VerifyOpt = Annotated[
+    str | None, typer.Option(help="What to compare: full (default), layers, per_expert (compose) or none.")
+]
 
 
 def plan(
@@ -39,6 +53,8 @@ def plan(
     recipe: RecipeOpt = None,
     method: MethodOpt = None,
     num_experts: NumExpertsOpt = None,
+    expert: ExpertOpt = None,
+    compose_rest: ComposeRestOpt = None,
     top_k: TopKOpt = None,
     target: TargetOpt = None,
     layers: LayersOpt = None,
@@ -99,6 +115,8 @@ def upcycle(
     recipe: RecipeOpt = None,
     method: MethodOpt = None,
     num_experts: NumExpertsOpt = None,
+    expert: ExpertOpt = None,
+    compose_rest: ComposeRestOpt = None,
     top_k: TopKOpt = None,
     target: TargetOpt = None,
     layers: LayersOpt = None,
@@ -141,6 +159,7 @@ def upcycle(
             else {}
         ),
         **_routing(report),
+        expert_errors=_errors(report.expert_errors),
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
@@ -175,6 +194,12 @@ def _error(value: float | None) -> str | float | None:
     return f"{value:.1e}" if out.mode == "human" and value is not None else value
 
 
+def _errors(values: dict[str, float] | None) -> str | dict[str, float] | None:
+    if out.mode != "human" or values is None:
+        return values
+    return ", ".join(f"{_error(error)} ({entry})" for entry, error in values.items())
+
+
 def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     """The recipe file, if there is one, with the options that were given in place of its fields."""
     from ..upcycling.recipe import UpcycleConfig
@@ -184,6 +209,9 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     values.update({name: value for name, value in options.items() if name in fields and value is not None})
     if options["top_k"] is not None:
         values["num_experts_per_tok"] = options["top_k"]
+    if options["expert"]:
+        values["experts"] = options["expert"]
+        values["num_experts"] = options["num_experts"]  # as many as were given, whatever the file had
     for assignment in options["set_"] or []:
         name, separator, value = assignment.partition("=")
         if not separator or name not in fields:

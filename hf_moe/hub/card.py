@@ -33,6 +33,12 @@ def read_parent_card(path: Path) -> CardData | None:
         return None
 
 
+def licence(data: CardData | None) -> str | None:
+    """What a card states as the licence; None if it states none."""
+    name = getattr(data, "license", None)
+    return getattr(data, "license_name", None) or name if name == "other" else name
+
+
 def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: CardData | None = None) -> None:
     """
     Write `README.md` into the folder of an upcycled model.
@@ -40,20 +46,25 @@ def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: Card
     Args:
         folder (`Path`): The model's folder.
         provenance (`dict`): The content of its `hf_moe.json`.
-        parent_data (`CardData`, *optional*): Metadata of the dense model's card: licence and languages are taken over.
+        parent_data (`CardData`, *optional*): Metadata of the dense model's card: languages are taken over, and the licence
+            unless a checkpoint that gives experts states another one.
     """
-    parent, result = provenance["parent"], provenance["result"]
+    parent, result, experts = provenance["parent"], provenance["result"], provenance.get("experts", [])
+    other_licences = {expert["license"] for expert in experts} - {parent["license"], None}
+    if other_licences:
+        terms = {"license": "other", "license_name": "several", "license_link": None}
+    else:
+        terms = {field: getattr(parent_data, field, None) for field in ("license", "license_name", "license_link")}
+    linked = [origin["name"] for origin in (parent, *experts) if origin["revision"]]
     data = ModelCardData(
-        license=getattr(parent_data, "license", None),
-        license_name=getattr(parent_data, "license_name", None),
-        license_link=getattr(parent_data, "license_link", None),
+        **terms,
         language=getattr(parent_data, "language", None),
         library_name="transformers",
         pipeline_tag=next((tag for head, tag in PIPELINE_TAGS.items() if result["architecture"].endswith(head)), None),
         tags=["moe", "mixture-of-experts", "upcycled", "hf_moe"],
         # A name without an owner is a folder on somebody's disk; the Hub could not link it.
-        base_model=parent["name"] if parent["revision"] else None,
-        base_model_relation="finetune" if parent["revision"] else None,
+        base_model=(list(dict.fromkeys(linked)) if experts else linked[0]) if linked else None,
+        base_model_relation=("merge" if experts else "finetune") if linked else None,
     )
     card = ModelCard.from_template(
         data,
@@ -61,6 +72,8 @@ def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: Card
         provenance=provenance,
         parent=parent,
         result=result,
+        experts=experts,
+        other_licences=other_licences,
         recipe=provenance["recipe"],
         recipe_yaml=yaml.safe_dump(provenance["recipe"], sort_keys=False).strip(),
         parity=provenance["parity"],

@@ -33,7 +33,8 @@ from .errors import UpcycleError
 
 logger = logging.get_logger(__name__)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-AUXILIARY_FILES = (
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
+TOKENIZER_FILES = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -49,9 +50,8 @@ AUXILIARY_FILES = (
     "sentence_*_config.json",
     "config_sentence_transformers.json",
     "[0-9]_*/*",
-    "LICENSE*",
-    "NOTICE*",
 )
+AUXILIARY_FILES = (*TOKENIZER_FILES, *LICENCE_FILES)
 
 
 class Checkpoint:
@@ -164,9 +164,9 @@ class Checkpoint:
             self._handles[path] = safe_open(path, framework="pt", backend="pread")
         return self._handles[path]
 
-    def auxiliary_files(self) -> list[Path]:
+    def auxiliary_files(self, patterns: tuple[str, ...] = AUXILIARY_FILES) -> list[Path]:
         """Tokenizer, processor, chat templates, generation config and licence, relative to the folder."""
-        found = {path for pattern in AUXILIARY_FILES for path in self.folder.glob(pattern) if path.is_file()}
+        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(self.folder) for path in found)
 
     def _find_tensors(self) -> dict[str, Path]:

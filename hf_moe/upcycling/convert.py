@@ -7,7 +7,7 @@ streaming writer and the in-memory conversion run these steps, which is why thei
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,7 @@ def plan_steps(
     recipe: UpcycleConfig,
     layout: FusedLayout | PerExpertLayout,
     observations: Mapping[int, Mapping[str, torch.Tensor]],
+    experts: Sequence[DenseTensors] = (),
 ) -> list[Step]:
     """
     The steps of a conversion, in the order of the dense model's tensors.
@@ -77,13 +78,15 @@ def plan_steps(
     Args:
         observations (`Mapping`): By layer, what [`~hf_moe.upcycling.calibration.calibrate`] found out. It is looked at
             when a step runs, so it may be filled until then.
+        experts (`Sequence[DenseTensors]`, *optional*): For method `"compose"`, the dense model that each expert comes from;
+            `dense` has what is not an expert.
 
     Raises:
         UpcycleError: if the dense model lacks a tensor that its class has, has one that its class would drop, or one of
             another shape.
     """
     model = meta_model(dense_class(dense_config), dense_config)
-    names = _check_names(dense, dense_config, model)
+    names = check_names(dense, dense_config, model)
     family = find_family(dense_config)
     layers = layer_prefix(family, model)
     layer_of = {
@@ -97,11 +100,22 @@ def plan_steps(
             steps.append(_copy_step(name, dense))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            context = LayerContext(recipe, index, plan.experts_in_layer[index], observations.get(index, {}))
-            steps.append(
-                _SparseStep(f"{layers}{index}.", dense, family, plan, context, layout, backbone_prefix(model)).step()
+            layer = f"{layers}{index}."
+            composed = _composed(layer, family, experts) if experts else None
+            context = LayerContext(
+                recipe, index, plan.experts_in_layer[index], observations.get(index, {}), composed=composed
             )
+            steps.append(_SparseStep(layer, dense, family, plan, context, layout, backbone_prefix(model)).step())
     return steps
+
+
+def _composed(layer: str, family: Family, experts: Sequence[DenseTensors]) -> Callable[[int], FeedForward]:
+    def read(expert_index: int) -> FeedForward:
+        dense = experts[expert_index]
+        names = family.feed_forward.tensors(layer, dense.info)
+        return family.feed_forward.read(layer, {name: dense.read(name) for name in names})
+
+    return read
 
 
 def _copy_step(name: str, dense: DenseTensors) -> Step:
@@ -242,8 +256,13 @@ def names_to_convert(names: list[str], model: PreTrainedModel) -> dict[str, str]
     return kept
 
 
-def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
-    """Names to convert, in the order of the dense class."""
+def check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
+    """
+    Names to convert, in the order of the dense class.
+
+    Raises:
+        UpcycleError: if a tensor is missing, has no place in the class, or has another shape than there.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.all_tied_weights_keys
     for name, other in tied.items():

@@ -146,12 +146,7 @@ def measure_parity(
         in float32, see [`~hf_moe.training.statistics.RoutingStatistics`].
     """
     dense_config = dense.checkpoint.config
-    window = getattr(dense_config, "sliding_window", None)
-    parity: dict[str, Any] = {
-        "num_tokens": sample.num_tokens,
-        "text": sample.is_text,
-        "beyond_window": sample.inputs["input_ids"].shape[1] > window if window else None,
-    }
+    parity = describe_sample(sample, dense_config)
     num_layers, num_blocks = dense_config.num_hidden_layers, len(plan.experts_in_layer)
     for dtype in dict.fromkeys((torch.float32, dense_config.dtype)):
         name = str(dtype).removeprefix("torch.")
@@ -161,10 +156,17 @@ def measure_parity(
             unit=" layers",
             disable=None if progress else True,
         ) as bar:
-            parity[name], routing = _compare(dense, result, plan, sample, dtype, whole_model, bar)
+            parity[name], routing = compare(dense, result, plan, sample, dtype, whole_model, bar)
         if dtype == torch.float32:
             parity["routing"] = routing.to_dict()
     return parity
+
+
+def describe_sample(sample: Sample, config: PreTrainedConfig) -> dict[str, Any]:
+    """What a reader must know of the tokens that were compared."""
+    window = getattr(config, "sliding_window", None)
+    beyond_window = sample.inputs["input_ids"].shape[1] > window if window else None
+    return {"num_tokens": sample.num_tokens, "text": sample.is_text, "beyond_window": beyond_window}
 
 
 def summarize(parity: dict[str, Any]) -> float:
@@ -188,9 +190,22 @@ def check_parity(parity: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _compare(
-    dense: Side, result: Side, plan: UpcyclePlan, sample: Sample, dtype: torch.dtype, whole_model: bool, bar: tqdm
+def compare(
+    dense: Side,
+    result: Side,
+    plan: UpcyclePlan,
+    sample: Sample,
+    dtype: torch.dtype,
+    whole_model: bool,
+    bar: tqdm,
+    forced_experts: list[int] | None = None,
 ) -> tuple[dict[str, Any], RoutingStatistics]:
+    """
+    What [`measure_parity`] reports for one data type, and which experts the routers chose.
+
+    Args:
+        forced_experts (`list[int]`, *optional*): Every token goes to one of these experts, dealt out in turn, with weight 1.
+    """
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
     dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
     names = find_family(dense.checkpoint.config).feed_forward
@@ -213,6 +228,7 @@ def _compare(
             if plan.exact:
                 block.experts.experts_per_copy = plan.sizes.experts_per_copy
                 block.experts.deal_from = sample.num_tokens if whole_model else 0
+            block.experts.forced_experts = forced_experts
             if whole_model:
                 _compare_on_the_way(block, block_input, block_output, errors, index)
             else:
@@ -271,7 +287,8 @@ def _compare_on_the_way(
 
 
 def _compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    actual, expected = actual.float(), expected.float()
+    common = min(actual.shape[-1], expected.shape[-1])  # composed models may have different vocabularies
+    actual, expected = actual[..., :common].float(), expected[..., :common].float()
     divergence = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
     return {
         "max_relative_error": _relative_error(actual, expected),
@@ -346,7 +363,7 @@ def streamed_model(
             if name.endswith(f"{target.block}.experts"):
                 module.read_expert = _expert_reader(tensors, target.layout, name, module)
                 module._parameters.clear()
-                module.num_counted, module.deal_from = 0, None
+                module.num_counted, module.deal_from, module.forced_experts = 0, None, None
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     return model
 
@@ -365,9 +382,14 @@ def _streamed_experts_forward(
     The arithmetic of transformers' grouped_mm, with the weights of one expert in memory at a time.
 
     The choices for the first `self.num_counted` tokens are counted. From token `self.deal_from` on, tokens are then dealt
-    out to the copies in turn instead of being routed.
+    out to the copies in turn instead of being routed. With `self.forced_experts` each token goes to one of them alone, in
+    turn, with weight 1.
     """
     self.counts = torch.bincount(top_k_index[: self.num_counted].reshape(-1), minlength=self.num_experts)
+    if self.forced_experts is not None:
+        turns = torch.arange(len(top_k_index)) % len(self.forced_experts)
+        top_k_index = torch.tensor(self.forced_experts)[turns, None]
+        top_k_weights = torch.ones_like(top_k_weights[:, :1])
     if self.deal_from is not None:
         size = self.experts_per_copy
         dealt_rows = top_k_index[self.deal_from :]

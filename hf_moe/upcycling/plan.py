@@ -5,6 +5,7 @@ What a conversion will give, from the configuration alone: `plan_upcycle` and `U
 The plan also is what the writer and the in-memory conversion follow, so that both make the same model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import read_config
+from .compose import check_experts, composed_config, read_expert_configs
 from .errors import UpcycleError
 from .families import Family, Target
 from .feed_forward import FeedForward, LayerSizes
@@ -96,15 +98,21 @@ class UpcyclePlan:
 
 
 def plan_upcycle(
-    source: str | Path | PreTrainedConfig, config: UpcycleConfig | None = None, *, revision: str | None = None
+    source: str | Path | PreTrainedConfig,
+    config: UpcycleConfig | None = None,
+    *,
+    revision: str | None = None,
+    experts: Mapping[str, PreTrainedConfig] | None = None,
 ) -> UpcyclePlan:
     """
-    Say what [`upcycle`] would do; reads the configuration of the source and no weights.
+    Say what [`upcycle`] would do; reads the configurations of the source and of the recipe's `experts`, and no weights.
 
     Args:
         source (`str`, `Path` or `PreTrainedConfig`): The dense model: a folder, a Hub id, or its configuration.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
         revision (`str`, *optional*): Branch, tag or commit of a Hub source.
+        experts (`Mapping[str, PreTrainedConfig]`, *optional*): The configurations of the checkpoints in the recipe's
+            `experts`, by entry. Read from there if None.
 
     Raises:
         UpcycleError: if the conversion cannot be done.
@@ -113,12 +121,15 @@ def plan_upcycle(
     dense_config = source if isinstance(source, PreTrainedConfig) else read_config(source, revision)
     family = find_family(dense_config)
     head = find_head(dense_config)
+    experts = read_expert_configs(recipe) if experts is None else experts
+    check_experts(dense_config, experts)
     dense_model = meta_model(dense_class(dense_config), dense_config)
     dense = _meta_feed_forward(dense_model, layer_prefix(family, dense_model), family)
     experts_in = find_sparse_layers(dense_config, recipe)
     sizes = _sizes(recipe, list(experts_in.values()), dense.intermediate_size)
-    target = choose_target(dense_config, recipe, dense, sizes)
-    target_config = build_config(target, dense_config, recipe, sizes)
+    rest_config = composed_config(dense_config, experts, recipe)
+    target = choose_target(rest_config, recipe, dense, sizes)
+    target_config = build_config(target, rest_config, recipe, sizes)
 
     model = meta_model(target_class(target, head), target_config)
     num_parameters = model.num_parameters()

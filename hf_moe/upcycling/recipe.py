@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ..training.statistics import RoutingStatistics
+from .compose import BASE
 from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
@@ -25,10 +26,10 @@ class UpcycleConfig:
     Args:
         method (`str`, *optional*, defaults to `"copy"`):
             How the experts are made, see `hf_moe.upcycling.methods`: `"copy"`, `"residual"`, `"granular"`, `"drop"`,
-            `"qwen"` or `"split"`.
+            `"qwen"`, `"split"` or `"compose"`.
         num_experts (`int` or `list[int]`, *optional*, defaults to 8):
             Number of routed experts per converted layer. A list has one number per converted layer, and needs a class of
-            hf_moe to hold the result.
+            hf_moe to hold the result. `"compose"` has as many as `experts` has entries.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
             Number of routed experts that serve one token.
         granularity (`int`, *optional*, defaults to 1):
@@ -47,6 +48,13 @@ class UpcycleConfig:
             which they matter, which needs the dense model in memory.
         num_shared_neurons (`int`, *optional*, defaults to 0):
             Neurons that `"split"` keeps for every token, as a shared expert.
+        experts (`list[str]`, *optional*):
+            The checkpoints that `"compose"` takes its experts from, in their order: folders, Hub ids, ids with a revision
+            as `"owner/name@revision"`, or `"base"` for the source itself (a folder of that name is `"./base"`). One may be
+            listed several times.
+        compose_rest (`str`, *optional*, defaults to `"base"`):
+            Where `"compose"` takes attention, norms and embeddings from: the `"base"`, or the `"mean"` over the checkpoints
+            in `experts`, each counted once. Rows of the embeddings that only some checkpoints have are the mean over those.
         expert_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of the noise that is added to every tensor of an expert, relative to that of the tensor.
         target (`str`, *optional*, defaults to `"auto"`):
@@ -82,14 +90,16 @@ class UpcycleConfig:
             Seed of everything random. Shard sizes and resuming do not change the result.
         verify (`str`, *optional*, defaults to `"full"`):
             What is compared with the dense model: `"full"` every converted layer and the logits of the whole model,
-            `"layers"` the layers only, `"none"` nothing.
+            `"layers"` the layers only, `"none"` nothing. With `"compose"` each expert is compared with its own checkpoint,
+            all tokens being sent to it: `"layers"` its feed-forwards, `"per_expert"` the logits too, `"full"` also compares
+            the routed model with the base. Each checkpoint costs two passes of a dense model over a few hundred tokens.
 
     Raises:
         StrictDataclassError: if a field has a wrong type or a value outside its range.
     """
 
     method: str = "copy"
-    num_experts: int | list[int] = 8
+    num_experts: int | list[int] | None = None
     num_experts_per_tok: int = 2
     granularity: int = 1
     scale_on: str = "up_down"
@@ -97,6 +107,8 @@ class UpcycleConfig:
     index_sets: str = "shared"
     split_by: str = "random"
     num_shared_neurons: int = 0
+    experts: list[str] | None = None
+    compose_rest: str = "base"
     expert_noise: float | int = 0.0
     target: str = "auto"
     layers: list[int] | str | None = None
@@ -112,6 +124,10 @@ class UpcycleConfig:
     seed: int = 0
     verify: str = "full"
 
+    def __post_init__(self):
+        if self.num_experts is None:
+            self.num_experts = 8 if self.experts is None else len(self.experts)
+
     def validate_choices(self):
         choices: dict[str, list[str]] = {
             "method": sorted(METHODS),
@@ -119,8 +135,9 @@ class UpcycleConfig:
             "scale_on": ["up_down", "down", "megatron"],
             "index_sets": ["shared", "independent"],
             "split_by": ["random", "kmeans", "activation", "gradient"],
+            "compose_rest": ["base", "mean"],
             "router_init": sorted(ROUTER_INITIALIZERS),
-            "verify": ["full", "layers", "none"],
+            "verify": ["full", "layers", "per_expert", "none"],
         }
         for field, allowed in choices.items():
             value = getattr(self, field)
@@ -161,6 +178,8 @@ class UpcycleConfig:
             "index_sets": ("drop",),
             "split_by": ("split",),
             "num_shared_neurons": ("split",),
+            "experts": ("compose",),
+            "compose_rest": ("compose",),
         }
         for field, methods in used_by.items():
             default = type(self).__dataclass_fields__[field].default
@@ -206,10 +225,28 @@ class UpcycleConfig:
         """`calibration_text` as a list, which may be empty."""
         return [self.calibration_text] if isinstance(self.calibration_text, str) else self.calibration_text or []
 
+    def validate_experts(self):
+        if self.verify == "per_expert" and self.method != "compose":
+            raise ValueError(
+                "`verify`='per_expert' is for method 'compose', whose experts have checkpoints of their own."
+            )
+        if self.method != "compose":
+            return
+        if not self.experts or not all(self.experts) or set(self.experts) == {BASE}:
+            raise ValueError(
+                "Method 'compose' needs `experts`: folders or Hub ids, at least one of them another model than 'base' (the "
+                f"source), got {self.experts}."
+            )
+        if self.num_experts != len(self.experts):
+            raise ValueError(
+                f"Method 'compose' makes one expert of each of the {len(self.experts)} entries in `experts`, in every layer: "
+                f"leave `num_experts` out, or make the two agree (got {self.num_experts})."
+            )
+
     @property
     def expert_counts(self) -> list[int]:
         """`num_experts` as a list: of one number for all layers, or of one per converted layer."""
-        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts or 0]
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "UpcycleConfig":
@@ -279,9 +316,13 @@ class UpcycleReport:
         exact (`bool`): Whether the result was measured to compute what the dense model computes, within 1e-5 in float32.
             False as well if nothing was measured.
         max_relative_error (`float`, *optional*): Largest difference in float32, divided by the largest value: of the
-            logits, or of the layers' outputs with `verify="layers"`. None if nothing was measured.
+            logits, or of the layers' outputs with `verify="layers"`. None if the dense model was not compared.
+        expert_errors (`dict[str, float]`, *optional*): With method `"compose"`, the largest difference in float32 between
+            each checkpoint in `experts` and its expert alone, by entry, divided by the largest value: of the logits, or of
+            the layers' outputs with `verify="layers"`. None with other methods, or if nothing was measured.
         parity (`dict`, *optional*): Everything that was measured, per data type and per layer, see
-            [`~hf_moe.upcycling.parity.measure_parity`].
+            [`~hf_moe.upcycling.parity.measure_parity`], and as `"per_expert"`
+            [`~hf_moe.upcycling.expert_parity.measure_expert_parity`].
         routing ([`~hf_moe.training.statistics.RoutingStatistics`], *optional*): Which experts the routers chose for the text
             that was compared, before any training. None if nothing was compared.
         num_parameters (`int`): Parameters of the result.
@@ -294,6 +335,7 @@ class UpcycleReport:
     model_type: str
     exact: bool
     max_relative_error: float | None
+    expert_errors: dict[str, float] | None
     parity: dict[str, Any] | None
     routing: RoutingStatistics | None
     num_parameters: int

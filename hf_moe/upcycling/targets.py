@@ -201,7 +201,7 @@ def find_sparse_layers(dense_config: PreTrainedConfig, recipe: UpcycleConfig) ->
     if outside := [index for index in layers if not 0 <= index < count]:
         raise UpcycleError(f"`layers` names {outside}, but the model has layers 0 to {count - 1}.")
     if not isinstance(recipe.num_experts, list):
-        return dict.fromkeys(layers, recipe.num_experts)
+        return dict.fromkeys(layers, recipe.expert_counts[0])
     if len(recipe.num_experts) != len(layers):
         raise UpcycleError(
             f"`num_experts` must have one number per converted layer ({len(layers)}), got {len(recipe.num_experts)}."

@@ -2,6 +2,7 @@
 """`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
 
 import errno
+import functools
 import json
 import math
 import shutil
@@ -14,26 +15,31 @@ from threading import Thread
 from typing import Any
 
 from filelock import Timeout
+from huggingface_hub import CardData
 from huggingface_hub.utils import WeakFileLock, tqdm
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from ..hub.card import read_parent_card, write_model_card
+from ..hub.card import licence, read_parent_card, write_model_card
 from ..training.statistics import RoutingStatistics
 from ..version import __version__
 from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
-from .checkpoint import Checkpoint, load_tokenizer
-from .convert import DenseTensors, Step, names_to_convert, plan_steps
+from .checkpoint import LICENCE_FILES, TOKENIZER_FILES, Checkpoint, load_tokenizer
+from .compose import BASE, parse_expert
+from .convert import Step, plan_steps
 from .errors import UpcycleError
+from .expert_parity import check_expert_parity, largest_error, measure_expert_parity
 from .feed_forward import FeedForward
 from .methods import METHODS
+from .parents import Composition, compose_parents, open_experts, open_parent
 from .parity import (
     FLOAT32_BOUND,
     Sample,
     Side,
     check_parity,
+    describe_sample,
     draw_sample,
     measure_parity,
     streamed_model,
@@ -69,7 +75,7 @@ def upcycle(
     of the class if it is ours, `hf_moe.json` (recipe, parent, parity) and a model card.
 
     Args:
-        source (`str` or `Path`): The dense model, a folder or a Hub id.
+        source (`str` or `Path`): The dense model, a folder or a Hub id. With method `"compose"` the base of the experts.
         output_dir (`str` or `Path`): The folder to write.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
         revision (`str`, *optional*): Branch, tag or commit of a Hub source.
@@ -99,25 +105,32 @@ def upcycle(
         plan_upcycle(source, recipe, revision=revision)
     given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
-    _check_output(output_dir, incomplete, source, overwrite)
+    sources = [source, *(parse_expert(entry)[0] for entry in recipe.experts or [] if entry != BASE)]
+    _check_output(output_dir, incomplete, sources, overwrite)
     checkpoint = Checkpoint(source, revision)
-    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
-    checkpoint.rename(names_to_convert(list(checkpoint), dense_model))
+    base = open_parent(BASE, checkpoint)
     checkpoint.config.dtype = checkpoint.main_dtype()
-    sha256 = _in_background(lambda: checkpoint.sha256(progress))
-    plan = plan_upcycle(checkpoint.config, recipe)
+    experts = open_experts(recipe)
+    plan = plan_upcycle(checkpoint.config, recipe, experts={entry: expert.config for entry, expert in experts.items()})
     for warning in plan.warnings:
         logger.warning(warning)
-    dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
+    checkpoints = {BASE: checkpoint, **experts}
+    digests = {
+        entry: _in_background(functools.partial(opened.sha256, progress)) for entry, opened in checkpoints.items()
+    }
+    parents = {BASE: base, **{entry: open_parent(entry, expert) for entry, expert in experts.items()}}
+    composition = compose_parents(parents, recipe)
     observations: Observations = {index: {} for index in plan.experts_in_layer}
-    steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout, observations)
+    steps = plan_steps(
+        composition.dense, composition.config, plan, recipe, plan.target.layout, observations, composition.experts
+    )
     calibration = None
     if needs_calibration(recipe):
         max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
         calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
-    parent_data = read_parent_card(checkpoint.folder / "README.md")
     sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
-    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": sha256()}
+    cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
+    described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
 
     incomplete.mkdir(parents=True, exist_ok=True)
     lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
@@ -126,21 +139,21 @@ def upcycle(
             if overwrite and (incomplete / JOURNAL).exists():
                 shutil.rmtree(incomplete)
                 incomplete.mkdir()
-            writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, parent))
+            writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, described))
             _check_space(incomplete, writer.total_bytes, checkpoint)
             if calibration is not None:
                 found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
                 for index, tensors in found.items():
                     observations[index].update(tensors)
             _write_weights(writer, steps, progress)
-            _write_other_files(incomplete, checkpoint, plan)
+            _write_other_files(incomplete, checkpoint, checkpoints[composition.tokenizer], plan)
             parity = None
             if sample is not None:
-                parity = _prove(checkpoint, incomplete, plan, recipe, sample, writer, progress)
-            provenance = _provenance(recipe, plan, checkpoint, parent, parity)
+                parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
+            provenance = _provenance(recipe, plan, checkpoint, described, parity)
             text = json.dumps(_without_infinities(provenance), indent=2, allow_nan=False)
             (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
-            write_model_card(incomplete, provenance, parent_data)
+            write_model_card(incomplete, provenance, cards[BASE])
             _publish(incomplete, output_dir, overwrite)
             lock.unlink(missing_ok=True)
     except Timeout as error:
@@ -156,15 +169,20 @@ def upcycle(
             "stopped."
         ) from error
 
-    max_relative_error = None if parity is None else summarize(parity)
-    routing = None if parity is None else RoutingStatistics.from_dict(parity["routing"])
-    if routing is not None:
+    max_relative_error = None if parity is None or "float32" not in parity else summarize(parity)
+    expert_errors = None
+    if parity is not None and recipe.experts:
+        expert_errors = {recipe.experts[row["experts"][0]]: largest_error(row) for row in parity["per_expert"]}
+    routing = None
+    if parity is not None and "routing" in parity:
+        routing = RoutingStatistics.from_dict(parity["routing"])
         _warn_of_dead_experts(routing)
     return UpcycleReport(
         output_dir=given_dir,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
+        expert_errors=expert_errors,
         parity=parity,
         routing=routing,
         num_parameters=plan.num_parameters,
@@ -199,13 +217,13 @@ def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
         )
 
 
-def _check_output(output_dir: Path, incomplete: Path, source: str | Path, overwrite: bool) -> None:
-    dense = Path(source).resolve()
+def _check_output(output_dir: Path, incomplete: Path, sources: list[str | Path], overwrite: bool) -> None:
     for folder in (output_dir, incomplete):
-        if Path(source).is_dir() and dense.is_relative_to(folder):
-            raise UpcycleError(
-                f"{folder}, which would be written, holds the source {source}. Choose another output folder."
-            )
+        for source in sources:
+            if Path(source).is_dir() and Path(source).resolve().is_relative_to(folder):
+                raise UpcycleError(
+                    f"{folder}, which would be written, holds the source {source}. Choose another output folder."
+                )
         if folder.exists() and not folder.is_dir():
             raise UpcycleError(f"{folder} exists and is no folder. Choose another output folder.")
     if output_dir.is_mount() or output_dir == output_dir.parent:
@@ -219,14 +237,25 @@ def _check_output(output_dir: Path, incomplete: Path, source: str | Path, overwr
         )
 
 
-def _fingerprint(recipe: UpcycleConfig, parent: dict[str, Any]) -> str:
+def _describe(checkpoint: Checkpoint, card: CardData | None, sha256: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "license": licence(card),
+        "sha256": sha256,
+    }
+
+
+def _fingerprint(recipe: UpcycleConfig, parents: dict[str, dict[str, Any]]) -> str:
     """What an interrupted conversion must share with the one that goes on with it."""
     weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
-    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": parent["sha256"]})
+    sha256 = {entry: parent["sha256"] for entry, parent in parents.items()}
+    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": sha256})
 
 
 def _prove(
-    checkpoint: Checkpoint,
+    checkpoints: dict[str, Checkpoint],
+    composition: Composition,
     incomplete: Path,
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
@@ -235,21 +264,26 @@ def _prove(
     progress: bool,
 ) -> dict[str, Any]:
     """Measure the parity of what was written; fail if the method is exact and the files are not."""
+    checkpoint = checkpoints[BASE]
     layers = find_family(checkpoint.config).layers
-    parity = measure_parity(
-        Side(dense_class(checkpoint.config), checkpoint, layers),
-        Side(plan.model_class, Checkpoint(incomplete), layers),
-        plan,
-        sample,
-        whole_model=recipe.verify == "full",
-        progress=progress,
-    )
-    if plan.exact:
-        try:
+    dense = Side(dense_class(checkpoint.config), checkpoint, layers)
+    result = Side(plan.model_class, Checkpoint(incomplete), layers)
+    if recipe.experts and recipe.verify != "full":
+        parity = describe_sample(sample, checkpoint.config)
+    else:
+        parity = measure_parity(dense, result, plan, sample, whole_model=recipe.verify == "full", progress=progress)
+    if recipe.experts:
+        parity["per_expert"] = measure_expert_parity(
+            checkpoints, result, plan, recipe, sample, rounded_from=composition.rounded_from, progress=progress
+        )
+    try:
+        if plan.exact:
             check_parity(parity, incomplete)
-        except UpcycleError:
-            writer.journal.unlink()  # never go on from files that failed
-            raise
+        if recipe.experts:
+            check_expert_parity(parity["per_expert"], recipe, composition.rounded_from, incomplete)
+    except UpcycleError:
+        writer.journal.unlink()  # never go on from files that failed
+        raise
     return parity
 
 
@@ -328,15 +362,16 @@ def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> No
     writer.write_index()
 
 
-def _write_other_files(folder: Path, checkpoint: Checkpoint, plan: UpcyclePlan) -> None:
+def _write_other_files(folder: Path, checkpoint: Checkpoint, tokenizer: Checkpoint, plan: UpcyclePlan) -> None:
     model = meta_model(plan.model_class, plan.config)
     plan.config.architectures = [plan.architecture]
     if not plan.native:
         custom_object_save(model, folder, config=plan.config)
     plan.config.save_pretrained(folder)
-    for path in checkpoint.auxiliary_files():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / path, folder / path)
+    for origin, patterns in ((checkpoint, LICENCE_FILES), (tokenizer, TOKENIZER_FILES)):
+        for path in origin.auxiliary_files(patterns):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin.folder / path, folder / path)
     if model.can_generate() and not (folder / "generation_config.json").exists():
         GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
 
@@ -345,14 +380,25 @@ def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
     checkpoint: Checkpoint,
-    parent: dict[str, Any],
+    parents: dict[str, dict[str, Any]],
     parity: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    values, experts = recipe.to_dict(), {}
+    if recipe.experts:
+        # Where a folder lies on somebody's disk is of no use to readers of the card.
+        names = {entry: "@".join(filter(None, (of["name"], of["revision"]))) for entry, of in parents.items()}
+        values["experts"] = [entry if entry == BASE else names[entry] for entry in recipe.experts]
+        experts = {"experts": [parents[entry] for entry in recipe.experts]}
     return {
         "hf_moe_version": __version__,
-        "recipe": recipe.to_dict(),
+        "recipe": values,
         "paper": METHODS[recipe.method].paper,
-        "parent": {**parent, "model_type": checkpoint.config.model_type, "num_parameters": plan.num_dense_parameters},
+        "parent": {
+            **parents[BASE],
+            "model_type": checkpoint.config.model_type,
+            "num_parameters": plan.num_dense_parameters,
+        },
+        **experts,
         "result": {
             "model_type": plan.model_type,
             "architecture": plan.architecture,
@@ -372,6 +418,8 @@ def _without_infinities(value: Any) -> Any:
     """JSON has no infinity, but a model whose values overflow in float16 measures one: null stands for it."""
     if isinstance(value, dict):
         return {name: _without_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -98,6 +98,24 @@ def test_upcycle_and_inspect(dense, tmp_path):
     assert "300 tokens" in run.stderr
 
 
+def test_compose(dense, tmp_path):
+    (tmp_path / "recipe.yml").write_text("method: compose\nexperts: [base, gone]\ncompose_rest: mean\nseed: 3\n")
+    arguments = ("upcycle", dense, tmp_path / "moe", "--recipe", tmp_path / "recipe.yml", "--verify", "per_expert")
+    run = hf_moe(*arguments, "--expert", dense, "--expert", "base", "--expert", dense, "--json")
+    assert run.returncode == 0, run.stderr
+    errors = json.loads(run.stdout)["expert_errors"]
+    assert list(errors) == [str(dense), "base"]
+    assert max(errors.values()) < 1e-5
+    recipe = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())["recipe"]
+    assert recipe["experts"] == [dense.name, "base", dense.name]
+    assert (recipe["num_experts"], recipe["compose_rest"], recipe["seed"]) == (3, "mean", 3)
+    run = hf_moe(*arguments, "--expert", dense, "--expert", "base", "--overwrite", "--format", "human")
+    assert f"e-07 ({dense})" in run.stdout
+    run = hf_moe("plan", dense, "--method", "compose", "--expert", "base", "--expert", tmp_path / "gone")
+    assert "No configuration at" in run.stderr
+    assert run.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
