@@ -22,6 +22,10 @@ import hf_moe
 
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# Families whose feed-forwards have no gate. Not all of them are language models, so tests of their own look at them.
+UNGATED_FAMILIES = {"bert": "Bert", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "vit": "ViT"}
+# Dense classes that are not called as ours are.
+DENSE_NAMES = {"GPT2ForCausalLM": "GPT2LMHeadModel"}
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -35,6 +39,21 @@ TINY = {
     "eos_token_id": 2,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+# What each family has besides; `head_dim` is not hidden_size / heads where the family lets it differ.
+TINY_OF_FAMILY = {
+    "bert": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
+    "gpt2": {"n_inner": 48, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "gpt_neox": {
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16},
+    "qwen3": {"head_dim": 16},
+    "vit": {"image_size": 16, "patch_size": 4, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
 }
 
 torch.manual_seed(0)
@@ -85,15 +104,25 @@ def family(request) -> str:
     return request.param
 
 
+def dense_class(family: str, name: str) -> type:
+    """The transformers class whose counterpart is `Moe<Family><name>`."""
+    name = {**FAMILIES, **UNGATED_FAMILIES}[family] + name
+    return getattr(transformers, DENSE_NAMES.get(name, name))
+
+
+def moe_class(family: str, name: str) -> type:
+    """The class of hf_moe whose name ends in `name`."""
+    return getattr(hf_moe, "Moe" + {**FAMILIES, **UNGATED_FAMILIES}[family] + name)
+
+
 def dense_config(family: str, **values) -> transformers.PreTrainedConfig:
-    """Configuration of a tiny dense model; `head_dim` is not hidden_size / heads where the family lets it differ."""
-    head_dim = {"head_dim": 16} if family != "qwen2" else {}
-    return getattr(transformers, f"{FAMILIES[family]}Config")(**{**TINY, **head_dim, **values})
+    """Configuration of a tiny dense model."""
+    return dense_class(family, "Config")(**{**TINY, **TINY_OF_FAMILY.get(family, {}), **values})
 
 
 def dense_model(family: str, head: str = "ForCausalLM", dtype=torch.float32, **values) -> transformers.PreTrainedModel:
     """Tiny dense model in which nothing is left at a default: norms and biases are random too."""
-    model = getattr(transformers, FAMILIES[family] + head)(dense_config(family, **values))
+    model = dense_class(family, head)(dense_config(family, **values))
     randomize(model)
     return model.to(dtype).eval() if dtype == torch.float32 else cast(model, dtype)
 
@@ -112,19 +141,19 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+        is_scale = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
+        parameter.copy_(1 + 0.2 * noise if is_scale else 0.15 * noise)
 
 
 def moe_config(family: str, **values) -> transformers.PreTrainedConfig:
     """Configuration of a tiny model of hf_moe."""
-    head_dim = {"head_dim": 16} if family != "qwen2" else {}
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return getattr(hf_moe, f"Moe{FAMILIES[family]}Config")(**{**TINY, **head_dim, **moe, **values})
+    return moe_class(family, "Config")(**{**TINY, **TINY_OF_FAMILY.get(family, {}), **moe, **values})
 
 
 def moe_model(family: str, head: str = "ForCausalLM", **values) -> transformers.PreTrainedModel:
     """Tiny model of hf_moe with random values everywhere."""
-    model = getattr(hf_moe, f"Moe{FAMILIES[family]}{head}")(moe_config(family, **values))
+    model = moe_class(family, head)(moe_config(family, **values))
     randomize(model)
     return model.eval()
 

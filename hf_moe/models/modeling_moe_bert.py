@@ -29,8 +29,7 @@ class MoeBertLayer(BertLayer):
     def __init__(self, config, layer_idx: int, block: MoeSparseBlock):
         super().__init__(config, layer_idx)
         del self.intermediate
-        self.output.dense = nn.Identity()
-        self.mlp = block
+        self.mlp, self.output.dense = block, nn.Identity()
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         return self.output(self.mlp(attention_output), attention_output)

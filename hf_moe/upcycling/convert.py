@@ -212,6 +212,9 @@ def names_to_convert(names: list[str], model: PreTrainedModel) -> dict[str, str]
     in_memory, expected = in_memory_names(names, model), model.state_dict()
     converters = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter)]
     constants = [*SAVED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]
+    # Of two tied tensors a checkpoint may hold either.
+    found = set(in_memory.values())
+    tied = {name: other for name, other in model.all_tied_weights_keys.items() if other not in found}
     kept, heads, seen = {}, [], set()
     for on_disk, name in in_memory.items():
         if rename_source_key(name, [], converters)[1] is not None:
@@ -226,7 +229,7 @@ def names_to_convert(names: list[str], model: PreTrainedModel) -> dict[str, str]
             )
         seen.add(name)
         if name in expected or not any(re.search(pattern, name) for pattern in [*constants, HEADS]):
-            kept[on_disk] = name
+            kept[on_disk] = tied.get(name, name)
         elif re.search(HEADS, name):
             heads.append(on_disk)
     if heads:
@@ -240,7 +243,7 @@ def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: Pre
     tied = model.all_tied_weights_keys
     for name, other in tied.items():
         del expected[name]
-        if name in dense.info and other in dense.info and not torch.equal(dense.read(name), dense.read(other)):
+        if name in dense.info and not torch.equal(dense.read(name), dense.read(other)):
             raise UpcycleError(
                 f"The configuration ties {name!r} to {other!r}, but the checkpoint holds different values for the two. Set "
                 "tie_word_embeddings to what the model was trained with."
