@@ -10,62 +10,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    MistralConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import PreTrainedConfig
 
 from ..models.configuration_moe_llama import MoeLlamaConfig
 from ..models.configuration_moe_mistral import MoeMistralConfig
 from ..models.configuration_moe_qwen2 import MoeQwen2Config
 from ..models.configuration_moe_qwen3 import MoeQwen3Config
 from .feed_forward import FeedForwardNames
-from .layouts import FusedLayout, PerExpertLayout
+from .granite_targets import (
+    GRANITE_MOE,
+    GRANITE_MOE_OF_LLAMA,
+    GRANITE_MOE_SHARED,
+    GRANITE_MOE_SHARED_OF_LLAMA,
+    GRANITE_MOE_SHARED_OF_MISTRAL,
+    GRANITE_MOE_SWA_OF_SMOLLM3,
+)
+from .layouts import FusedLayout
+from .native_targets import (
+    COHERE2_MOE,
+    ERNIE4_5_MOE,
+    FLEX_OLMO,
+    GLM4_MOE_OF_PHI3,
+    GLM4_MOE_OF_QWEN2,
+    GLM4_MOE_OF_QWEN3,
+    HUNYUAN_V1_MOE,
+    MELLUM,
+    MIXTRAL,
+    MIXTRAL_OF_PHI3,
+    QWEN2_MOE,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+)
 from .router_init import RouterInput
-
-
-@dataclass(frozen=True)
-class Target:
-    """
-    A class that can hold the result.
-
-    Args:
-        config_class (`type`): Its configuration.
-        layout: Names and arrangement of a sparse layer's tensors on disk.
-        prefix (`str`): What the names of its model classes start with, e.g. `"Mixtral"`.
-        block (`str`): What a layer in memory calls its sparse block; on disk the layout says so.
-        native (`bool`): Whether it belongs to transformers.
-        neutral (`dict[str, Any]`): Dense fields for which the class has no place, with the value that changes nothing.
-        ignored (`tuple[str, ...]`): Dense fields for which it has no place and needs none.
-        extra_fields (`tuple[str, ...]`): Fields the class reads although its configuration does not declare them.
-        num_experts_field (`str`): Name of the field that holds the number of experts.
-        expert_size_field (`str`): Name of the field that holds the intermediate size of one expert.
-        dense_layers (`bool`): Whether some layers can stay dense.
-        shared_expert (`str`): `"none"`, `"optional"`, or `"gated"` if there always is one behind a sigmoid gate.
-        mixed_layers (`bool`): Whether its layers can have different numbers of experts.
-        biased_experts (`bool`): Whether its experts can have biases.
-        refuses (`Callable`, *optional*): A further condition on the dense configuration; returns the reason or None.
-    """
-
-    config_class: type[PreTrainedConfig]
-    layout: FusedLayout | PerExpertLayout
-    prefix: str
-    block: str = "mlp"
-    native: bool = False
-    neutral: dict[str, Any] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    extra_fields: tuple[str, ...] = ()
-    num_experts_field: str = "num_experts"
-    expert_size_field: str = "moe_intermediate_size"
-    dense_layers: bool = True
-    shared_expert: str = "optional"
-    mixed_layers: bool = False
-    biased_experts: bool = False
-    refuses: Callable[[Any], str | None] | None = None
+from .target import SharedExpert, Target, listed_by_type, shared_expert_names
 
 
 LLAMA_FEED_FORWARD = FeedForwardNames(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
@@ -78,7 +55,7 @@ class Family:
 
     Args:
         prefix (`str`): What the names of its model classes start with, e.g. `"Llama"`.
-        target (`Target`): The class of hf_moe.
+        target (`Target`, *optional*): The class of hf_moe, if there is one.
         native_targets (`tuple[Target, ...]`): Classes of transformers, best first.
         heads (`dict[str, str]`): What the dense classes' names end in, where that is not what ours end in.
         layers (`str`): Where the backbone keeps its layers.
@@ -88,7 +65,7 @@ class Family:
     """
 
     prefix: str
-    target: Target
+    target: Target | None
     native_targets: tuple[Target, ...] = ()
     heads: Mapping[str, str] = field(default_factory=dict)
     layers: str = "layers"
@@ -125,57 +102,60 @@ def _own_target(config_class: type[PreTrainedConfig]) -> Target:
         FusedLayout(),
         prefix,
         extra_fields=("head_dim", "layer_types"),
+        dense_layers=listed_by_type,
+        shared_expert=SharedExpert(shared_expert_names("mlp.shared_expert"), "shared_expert_intermediate_size"),
         mixed_layers=True,
         biased_experts=True,
     )
 
 
-def _layer_types_refused(config: MistralConfig) -> str | None:
-    layer_types = getattr(config, "layer_types", None)
-    return None if not layer_types else f"layer_types={layer_types} (Mixtral has one attention type for all layers)"
+def after_embeddings_and_norms(*norms: str) -> Callable[[ReadTensor, str, int], RouterInput]:
+    """
+    The feed-forward sees the hidden state itself: the embedding and the outputs of all norms before it, each of which adds
+    its squared length to the expected one.
+
+    Args:
+        norms (`str`): The norms of a layer whose outputs are added to the hidden state, the one after the feed-forward last.
+    """
+
+    def router_input(read: ReadTensor, layer: str, layer_index: int) -> RouterInput:
+        embeddings = read("embed_tokens.weight")
+        squared = embeddings.detach().cpu().double().pow(2).sum(-1).mean().item()
+        layers = layer.rstrip(".").rpartition(".")[0]
+        for index in range(layer_index + 1):
+            for norm in norms if index < layer_index else norms[:-1]:
+                squared += read(f"{layers}.{index}.{norm}.weight").detach().cpu().double().pow(2).sum().item()
+        return RouterInput(embeddings.shape[1], squared**0.5)
+
+    return router_input
 
 
-def _partial_window_refused(config: Qwen3Config) -> str | None:
-    if config.sliding_window is None or set(config.layer_types) == {"sliding_attention"}:
-        return None
-    return "layer_types mixes full and sliding attention (Qwen3-MoE has one attention type for all layers)"
-
-
-MIXTRAL = Target(
-    MixtralConfig,
-    PerExpertLayout("block_sparse_moe", "w1", "w3", "w2"),
-    "Mixtral",
-    native=True,
-    neutral={"attention_bias": False, "mlp_bias": False},
-    ignored=("pretraining_tp",),
-    num_experts_field="num_local_experts",
-    expert_size_field="intermediate_size",
-    dense_layers=False,
-    shared_expert="none",
-    refuses=_layer_types_refused,
-)
-QWEN2_MOE = Target(
-    Qwen2MoeConfig,
-    PerExpertLayout("mlp", "gate_proj", "up_proj", "down_proj"),
-    "Qwen2Moe",
-    native=True,
-    extra_fields=("head_dim",),
-    shared_expert="gated",
-)
-QWEN3_MOE = Target(
-    Qwen3MoeConfig,
-    PerExpertLayout("mlp", "gate_proj", "up_proj", "down_proj"),
-    "Qwen3Moe",
-    native=True,
-    ignored=("max_window_layers", "layer_types"),  # `refuses` sees to it that all layers have one attention type
-    extra_fields=("head_dim",),
-    shared_expert="none",
-    refuses=_partial_window_refused,
-)
+PHI3_FEED_FORWARD = FeedForwardNames(up="mlp.gate_up_proj", down="mlp.down_proj", fused=True)
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("Llama", _own_target(MoeLlamaConfig), (MIXTRAL,)),
-    "mistral": Family("Mistral", _own_target(MoeMistralConfig), (MIXTRAL,)),
-    "qwen2": Family("Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE,)),
-    "qwen3": Family("Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE,)),
+    "llama": Family(
+        "Llama", _own_target(MoeLlamaConfig), (MIXTRAL, GRANITE_MOE_OF_LLAMA, GRANITE_MOE_SHARED_OF_LLAMA)
+    ),
+    "mistral": Family("Mistral", _own_target(MoeMistralConfig), (MIXTRAL, GRANITE_MOE_SHARED_OF_MISTRAL)),
+    "qwen2": Family("Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE, GLM4_MOE_OF_QWEN2)),
+    "qwen3": Family("Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE, MELLUM, GLM4_MOE_OF_QWEN3)),
+    "phi3": Family("Phi3", None, (MIXTRAL_OF_PHI3, GLM4_MOE_OF_PHI3), feed_forward=PHI3_FEED_FORWARD),
+    "olmo2": Family(
+        "Olmo2",
+        None,
+        (FLEX_OLMO,),
+        router_input=after_embeddings_and_norms("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+    "granite": Family("Granite", None, (GRANITE_MOE, GRANITE_MOE_SHARED)),
+    "smollm3": Family("SmolLM3", None, (GRANITE_MOE_SWA_OF_SMOLLM3,)),
+    "qwen3_5_text": Family(
+        "Qwen3_5",
+        None,
+        (QWEN3_5_MOE,),
+        heads={"Model": "TextModel"},
+        router_input=after_norm("post_attention_layernorm", offset=1.0),
+    ),
+    "cohere2": Family("Cohere2", None, (COHERE2_MOE,), router_input=after_norm("input_layernorm")),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1", None, (HUNYUAN_V1_MOE,)),
+    "ernie4_5": Family("Ernie4_5", None, (ERNIE4_5_MOE,)),
 }

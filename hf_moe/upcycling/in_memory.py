@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .convert import DenseTensors, plan_steps
+from .convert import DenseTensors, in_memory_names, plan_steps
 from .errors import UpcycleError
 from .layouts import FusedLayout
 from .plan import plan_upcycle
@@ -56,16 +56,22 @@ def upcycle_model(model: PreTrainedModel, config: UpcycleConfig | None = None) -
     info = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()}
     dense = DenseTensors(info, state_dict.__getitem__)
 
+    cls = target_class(plan.target, find_head(dense_config))
+    attention = model.config._attn_implementation
+    if attention == "sdpa" and not cls._supports_sdpa:
+        attention = "eager"
     with no_init_weights(), torch.device(model.device):
-        result = target_class(plan.target, find_head(dense_config))._from_config(
-            plan.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
-    parameters = dict(result.named_parameters())
-    for step in plan_steps(dense, dense_config, plan, recipe, FusedLayout(plan.target.block)):
+        result = cls._from_config(plan.config, dtype=model.dtype, attn_implementation=attention)
+    layout = FusedLayout(plan.target.block, router=plan.target.layout.router)
+    steps = plan_steps(dense, dense_config, plan, recipe, layout)
+    name_in_memory = in_memory_names([name for step in steps for name in step.tensors], result)
+    tensors = result.state_dict(keep_vars=True)
+    for step in steps:
         for name, (dtype, _) in step.tensors.items():
-            parameters[name].data = parameters[name].data.to(dtype)
+            tensor = tensors[name_in_memory[name]]
+            tensor.data = tensor.data.to(dtype)
         for piece in step.pieces():
-            target = parameters[piece.name].data.view(-1)
+            target = tensors[name_in_memory[piece.name]].data.view(-1)
             target[piece.offset : piece.offset + piece.tensor.numel()].copy_(piece.tensor.reshape(-1))
     result.tie_weights()
     if model.can_generate():

@@ -14,10 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import read_config
 from .errors import UpcycleError
-from .families import Family, Target
+from .families import Family
 from .feed_forward import FeedForward, LayerSizes
 from .methods import METHODS, inexact_because
 from .recipe import UpcycleConfig
+from .target import Target
 from .targets import (
     build_config,
     choose_target,

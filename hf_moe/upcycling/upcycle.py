@@ -20,6 +20,7 @@ from ..version import __version__
 from .checkpoint import Checkpoint
 from .convert import DenseTensors, Step, in_memory_names, plan_steps
 from .errors import UpcycleError
+from .legacy_config import add_legacy_keys
 from .methods import METHODS
 from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
 from .plan import UpcyclePlan, plan_upcycle
@@ -222,6 +223,8 @@ def _write_other_files(folder: Path, checkpoint: Checkpoint, plan: UpcyclePlan) 
     if not plan.native:
         custom_object_save(model, folder, config=plan.config)
     plan.config.save_pretrained(folder)
+    if plan.native:
+        add_legacy_keys(folder / "config.json", plan.config)
     for path in checkpoint.auxiliary_files():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.folder / path, folder / path)
