@@ -7,7 +7,7 @@ Shapes: H hidden size, I intermediate size, the number of neurons; gate and up a
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -178,3 +178,11 @@ class FeedForwardNames:
         elif self.gate is not None:
             gate, gate_bias = weight(self.gate), tensors.get(f"{layer}{self.gate}.bias")
         return FeedForward(gate, up, weight(self.down), gate_bias, up_bias, tensors.get(f"{layer}{self.down}.bias"))
+
+    def write(self, layer: str, feed_forward: FeedForward) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """The reverse of [`read`]: every tensor's full name, and the parts whose rows it holds one after the other."""
+        for suffix, gate, up, down in (("weight", *feed_forward[:3]), ("bias", *feed_forward[3:])):
+            fused = [(self.up, [gate, up])] if self.fused else [(self.gate, [gate]), (self.up, [up])]
+            for module, tensors in [*fused, (self.down, [down])]:
+                if parts := [tensor for tensor in tensors if tensor is not None]:
+                    yield f"{layer}{module}.{suffix}", parts

@@ -32,6 +32,7 @@ from .convert import Step, plan_steps
 from .errors import UpcycleError
 from .expert_parity import check_expert_parity, largest_error, measure_expert_parity
 from .feed_forward import FeedForward
+from .legacy_config import add_legacy_keys
 from .methods import METHODS
 from .parents import Composition, compose_parents, open_experts, open_parent
 from .parity import (
@@ -367,6 +368,8 @@ def _write_other_files(folder: Path, checkpoint: Checkpoint, tokenizer: Checkpoi
     if not plan.native:
         custom_object_save(model, folder, config=plan.config)
     plan.config.save_pretrained(folder)
+    if plan.native:
+        add_legacy_keys(folder / "config.json", plan.config)
     for origin, patterns in ((checkpoint, LICENCE_FILES), (tokenizer, TOKENIZER_FILES)):
         for path in origin.auxiliary_files(patterns):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
