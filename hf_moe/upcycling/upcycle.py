@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
 
-import errno
 import json
-import math
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock, tqdm
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
-
 from ..hub.card import read_parent_card, write_model_card
 from ..version import __version__
 from .checkpoint import Checkpoint
-from .convert import DenseTensors, Step, in_memory_names, plan_steps
+from .convert import DenseTensors, in_memory_names, plan_steps
 from .errors import UpcycleError
 from .methods import METHODS
+from .output import OutputFolder, write_model_files, write_provenance
 from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
 from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleReport
 from .targets import dense_class, find_family, find_head, meta_model, target_class
-from .writer import JOURNAL, ShardWriter
+from .writer import ShardWriter
 
 
 def upcycle(
@@ -74,9 +66,7 @@ def upcycle(
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
     plan_upcycle(source, recipe, revision=revision)
-    given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
-    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
-    _check_output(output_dir, incomplete, source, overwrite)
+    output = OutputFolder(output_dir, source, overwrite)
     checkpoint = Checkpoint(source, revision)
     checkpoint.config.dtype = checkpoint.main_dtype()
     plan = plan_upcycle(checkpoint.config, recipe)
@@ -88,42 +78,23 @@ def upcycle(
     sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
     parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
 
-    incomplete.mkdir(parents=True, exist_ok=True)
-    lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
-    try:
-        with WeakFileLock(lock, timeout=0.1):
-            if overwrite and (incomplete / JOURNAL).exists():
-                shutil.rmtree(incomplete)
-                incomplete.mkdir()
-            writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, parent))
-            _check_space(incomplete, writer.total_bytes, checkpoint)
-            _write_weights(writer, steps, progress)
-            _write_other_files(incomplete, checkpoint, plan)
-            parity = None
-            if sample is not None:
-                parity = _prove(checkpoint, incomplete, plan, recipe, sample, writer, progress)
-            provenance = _provenance(recipe, plan, checkpoint, parent, parity)
-            text = json.dumps(_without_infinities(provenance), indent=2, allow_nan=False)
-            (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
-            write_model_card(incomplete, provenance, parent_data)
-            _publish(incomplete, output_dir, overwrite)
-            lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise UpcycleError(
-            f"Another process is writing {output_dir}. Wait for it, or choose another folder."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise UpcycleError(
-            f"Writing to {incomplete} failed: {error.strerror}. The weights of the result take "
-            f"{sum(step.num_bytes for step in steps):,} bytes. Make room and run the same command again: it goes on where it "
-            "stopped."
-        ) from error
+    with output.locked() as incomplete:
+        writer = output.write_weights(
+            steps, checkpoint, _fingerprint(recipe, parent), max_shard_size=max_shard_size, progress=progress
+        )
+        model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
+        write_model_files(incomplete, checkpoint, model)
+        parity = None
+        if sample is not None:
+            parity = _prove(checkpoint, incomplete, plan, recipe, sample, writer, progress)
+        provenance = _provenance(recipe, plan, checkpoint, parent, parity)
+        write_provenance(incomplete, provenance)
+        write_model_card(incomplete, provenance, parent_data)
+        output.publish()
 
     max_relative_error = None if parity is None else summarize(parity)
     return UpcycleReport(
-        output_dir=given_dir,
+        output_dir=Path(output_dir),
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
@@ -133,26 +104,6 @@ def upcycle(
         bytes_written=writer.total_bytes,
         seconds=time.perf_counter() - started,
     )
-
-
-def _check_output(output_dir: Path, incomplete: Path, source: str | Path, overwrite: bool) -> None:
-    dense = Path(source).resolve()
-    for folder in (output_dir, incomplete):
-        if Path(source).is_dir() and dense.is_relative_to(folder):
-            raise UpcycleError(
-                f"{folder}, which would be written, holds the source {source}. Choose another output folder."
-            )
-        if folder.exists() and not folder.is_dir():
-            raise UpcycleError(f"{folder} exists and is no folder. Choose another output folder.")
-    if output_dir.is_mount() or output_dir == output_dir.parent:
-        raise UpcycleError(
-            f"{output_dir} is a mount point, which cannot be put in place at once. Choose a folder inside it."
-        )
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise UpcycleError(
-            f"The output folder {output_dir} exists and is not empty. Choose another one, or pass overwrite=True "
-            "(--overwrite) to replace it."
-        )
 
 
 def _fingerprint(recipe: UpcycleConfig, parent: dict[str, Any]) -> str:
@@ -189,46 +140,6 @@ def _prove(
     return parity
 
 
-def _check_space(folder: Path, needed: int, checkpoint: Checkpoint) -> None:
-    there = sum(path.stat().st_size for path in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if needed - there > free:
-        raise UpcycleError(
-            f"The result of {checkpoint.name} needs {needed:,} bytes, but only {free:,} are free at {folder.parent}. Make "
-            "room, choose another output folder, or ask for fewer experts."
-        )
-
-
-def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> None:
-    with tqdm(
-        total=writer.total_bytes,
-        desc="Resuming" if writer.checksums else "Upcycling",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
-        for step in steps:
-            if writer.is_done(step):
-                bar.update(step.num_bytes)
-                continue
-            for num_bytes in writer.write(step):
-                bar.update(num_bytes)
-    writer.write_index()
-
-
-def _write_other_files(folder: Path, checkpoint: Checkpoint, plan: UpcyclePlan) -> None:
-    model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
-    plan.config.architectures = [plan.architecture]
-    if not plan.native:
-        custom_object_save(model, folder, config=plan.config)
-    plan.config.save_pretrained(folder)
-    for path in checkpoint.auxiliary_files():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / path, folder / path)
-    if model.can_generate() and not (folder / "generation_config.json").exists():
-        GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
-
-
 def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
@@ -254,26 +165,3 @@ def _provenance(
         },
         "parity": parity,
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    """JSON has no infinity, but a model whose values overflow in float16 measures one: null stands for it."""
-    if isinstance(value, dict):
-        return {name: _without_infinities(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _publish(incomplete: Path, output_dir: Path, overwrite: bool) -> None:
-    """Put the finished folder in its place; a folder that stood there goes only once the new one is in place."""
-    replaced = None
-    if output_dir.exists() and any(output_dir.iterdir()):
-        if not overwrite:
-            raise UpcycleError(f"{output_dir} was filled meanwhile. The finished result is in {incomplete}.")
-        replaced = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.replaced-"))
-        output_dir.rename(replaced / output_dir.name)
-    elif output_dir.exists():
-        output_dir.rmdir()
-    incomplete.rename(output_dir)
-    (output_dir / JOURNAL).unlink()
-    if replaced is not None:
-        shutil.rmtree(replaced)
