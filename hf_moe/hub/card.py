@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of an upcycled model, rendered from what `hf_moe.json` says."""
+"""The model cards of upcycled and of edited models, rendered from what `hf_moe.json` says."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+TEMPLATES = Path(__file__).parent / "templates"
 PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
@@ -41,21 +41,9 @@ def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: Card
         parent_data (`CardData`, *optional*): Metadata of the dense model's card: licence and languages are taken over.
     """
     parent, result = provenance["parent"], provenance["result"]
-    data = ModelCardData(
-        license=getattr(parent_data, "license", None),
-        license_name=getattr(parent_data, "license_name", None),
-        license_link=getattr(parent_data, "license_link", None),
-        language=getattr(parent_data, "language", None),
-        library_name="transformers",
-        pipeline_tag=next((tag for head, tag in PIPELINE_TAGS.items() if result["architecture"].endswith(head)), None),
-        tags=["moe", "mixture-of-experts", "upcycled", "hf_moe"],
-        # A name without an owner is a folder on somebody's disk; the Hub could not link it.
-        base_model=parent["name"] if parent["revision"] else None,
-        base_model_relation="finetune" if parent["revision"] else None,
-    )
     card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
+        _metadata(provenance, parent_data, "upcycled"),
+        template_path=str(TEMPLATES / "model_card.md"),
         provenance=provenance,
         parent=parent,
         result=result,
@@ -65,6 +53,45 @@ def write_model_card(folder: Path, provenance: dict[str, Any], parent_data: Card
         auto_class=_auto_class(result["architecture"]),
     )
     card.save(folder / "README.md")
+
+
+def write_edit_card(folder: Path, provenance: dict[str, Any], parent_data: CardData | None = None) -> None:
+    """
+    Write `README.md` into the folder of a model that was made by editing a mixture of experts.
+
+    Args:
+        folder (`Path`): The model's folder.
+        provenance (`dict`): The content of its `hf_moe.json`.
+        parent_data (`CardData`, *optional*): Metadata of the source's card: licence and languages are taken over.
+    """
+    card = ModelCard.from_template(
+        _metadata(provenance, parent_data, "edited"),
+        template_path=str(TEMPLATES / "edited_model_card.md"),
+        provenance=provenance,
+        parent=provenance["parent"],
+        result=provenance["result"],
+        measured=provenance["measured"],
+        arguments_yaml=yaml.safe_dump(provenance["arguments"], sort_keys=False).strip(),
+        auto_class=_auto_class(provenance["result"]["architecture"]),
+    )
+    card.save(folder / "README.md")
+
+
+def _metadata(provenance: dict[str, Any], parent_data: CardData | None, made_by: str) -> ModelCardData:
+    parent, architecture = provenance["parent"], provenance["result"]["architecture"]
+    is_dense = provenance["result"].get("num_sparse_layers") == 0
+    return ModelCardData(
+        license=getattr(parent_data, "license", None),
+        license_name=getattr(parent_data, "license_name", None),
+        license_link=getattr(parent_data, "license_link", None),
+        language=getattr(parent_data, "language", None),
+        library_name="transformers",
+        pipeline_tag=next((tag for head, tag in PIPELINE_TAGS.items() if architecture.endswith(head)), None),
+        tags=[*([] if is_dense else ["moe", "mixture-of-experts"]), made_by, "hf_moe"],
+        # A name without an owner is a folder on somebody's disk; the Hub could not link it.
+        base_model=parent["name"] if parent["revision"] else None,
+        base_model_relation="finetune" if parent["revision"] else None,
+    )
 
 
 def _auto_class(architecture: str) -> str:

@@ -175,3 +175,23 @@ class FeedForwardNames:
         elif self.gate is not None:
             gate, gate_bias = weight(self.gate), tensors.get(f"{layer}{self.gate}.bias")
         return FeedForward(gate, up, weight(self.down), gate_bias, up_bias, tensors.get(f"{layer}{self.down}.bias"))
+
+    def write(self, layer: str, feed_forward: FeedForward) -> dict[str, torch.Tensor]:
+        """The tensors of a layer by their full names, the inverse of [`read`]."""
+
+        def weight(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.T if self.transposed else tensor
+
+        gate, up, down, gate_bias, up_bias, down_bias = feed_forward
+        if self.fused:
+            up = torch.cat([gate, up])
+            up_bias = None if up_bias is None else torch.cat([gate_bias, up_bias])
+        tensors = {
+            f"{self.up}.weight": weight(up),
+            f"{self.up}.bias": up_bias,
+            f"{self.down}.weight": weight(down),
+            f"{self.down}.bias": down_bias,
+        }
+        if self.gate is not None:
+            tensors |= {f"{self.gate}.weight": weight(gate), f"{self.gate}.bias": gate_bias}
+        return {f"{layer}{name}": tensor for name, tensor in tensors.items() if tensor is not None}

@@ -39,7 +39,8 @@ class OutputFolder:
     """
 
     def __init__(self, output_dir: str | Path, source: str | Path, overwrite: bool):
-        self.path = Path(output_dir).resolve()
+        self.given = Path(output_dir)
+        self.path = self.given.resolve()
         self.incomplete = self.path.with_name(self.path.name + ".incomplete")
         self.overwrite = overwrite
         self.num_bytes = 0

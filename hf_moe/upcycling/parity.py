@@ -73,13 +73,19 @@ class Side:
 
 
 def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
-    """
-    A text in the dense model's own tokens; random ones with a warning if it has no tokenizer that works; random images
-    for a model that sees.
+    """What [`sample_of`] gives, enough of it to reach every expert."""
+    return sample_of(dense, max(NUM_TOKENS, max(recipe.expert_counts) // recipe.num_experts_per_tok + 1))
 
-    They are enough to reach every expert, and longer than the sliding window where that is at most 1024.
+
+def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS) -> Sample:
     """
-    needed = max(NUM_TOKENS, max(recipe.expert_counts) // recipe.num_experts_per_tok + 1)
+    A text in the model's own tokens; random ones with a warning if it has no tokenizer that works; random images for a
+    model that sees.
+
+    Args:
+        needed (`int`, *optional*, defaults to 256): Number of tokens at least. They are more where the sliding window is at
+            most 1024, to be longer than it.
+    """
     generator = torch.Generator().manual_seed(0)
     if hasattr(dense.config, "image_size"):
         return _random_images(dense.config, needed, generator)
@@ -190,7 +196,7 @@ def _compare(
             captured[index] = _capture(layer.get_submodule(names.up), layer.get_submodule(names.down))
         _advance_with(layer, bar)
     with torch.no_grad():
-        expected = _output(dense_model(**inputs))
+        expected = output_of(dense_model(**inputs))
         del dense_model
 
         model = streamed_model(result, plan.config, dtype, plan.target)
@@ -211,7 +217,7 @@ def _compare(
         if whole_model:
             for layer in layers:
                 _advance_with(layer, bar)
-            measured |= _compare_outputs(_output(model(**inputs)), expected)
+            measured |= compare_outputs(output_of(model(**inputs)), expected)
     return measured
 
 
@@ -254,7 +260,8 @@ def _compare_on_the_way(
     block.register_forward_hook(take_sequences)
 
 
-def _compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+def compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Largest relative error, share of the tokens with the same best output, and mean KL divergence in nats."""
     actual, expected = actual.float(), expected.float()
     divergence = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
     return {
@@ -274,7 +281,8 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _output(outputs: Any) -> torch.Tensor:
+def output_of(outputs: Any) -> torch.Tensor:
+    """The logits, or the last hidden state of a model without a head."""
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
 
 
@@ -331,6 +339,9 @@ def streamed_model(
                 module.read_expert = _expert_reader(tensors, target.layout, name, module)
                 module._parameters.clear()
                 module.deal_from = None
+    for name, buffer in model.named_buffers():
+        if name in tensors.name_on_disk:  # a selection bias, say; hooks bring parameters only
+            buffer.copy_(tensors[name])
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     return model
 

@@ -94,7 +94,7 @@ def upcycle(
 
     max_relative_error = None if parity is None else summarize(parity)
     return UpcycleReport(
-        output_dir=Path(output_dir),
+        output_dir=output.given,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
@@ -151,7 +151,12 @@ def _provenance(
         "hf_moe_version": __version__,
         "recipe": recipe.to_dict(),
         "paper": METHODS[recipe.method].paper,
-        "parent": {**parent, "model_type": checkpoint.config.model_type, "num_parameters": plan.num_dense_parameters},
+        "parent": {
+            **parent,
+            "model_type": checkpoint.config.model_type,
+            "num_parameters": plan.num_dense_parameters,
+            "config": json.loads(checkpoint.config.to_json_string()),
+        },
         "result": {
             "model_type": plan.model_type,
             "architecture": plan.architecture,
