@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from huggingface_hub.cli import out
 
+from .display import count as _count
+from .display import error as _error
+
 
 if TYPE_CHECKING:
     from ..upcycling.recipe import UpcycleConfig
@@ -111,16 +114,6 @@ def upcycle(
         bytes_written=_count(report.bytes_written),
         seconds=round(report.seconds, 1),
     )
-
-
-def _count(number: int) -> str | int:
-    """With separators for people, plain for programs."""
-    return f"{number:,}" if out.mode == "human" else number
-
-
-def _error(value: float | None) -> str | float | None:
-    """With two digits for people, in full for programs."""
-    return f"{value:.1e}" if out.mode == "human" and value is not None else value
 
 
 def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":

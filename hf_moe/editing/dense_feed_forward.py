@@ -241,9 +241,7 @@ def _parts_are_weighted(view: SparseView) -> str | None:
 
 @collapses(
     "split",
-    size=lambda view: (
-        view.block.expert.intermediate_size * view.block.num_experts + view.recipe.num_shared_neurons
-    ),
+    size=lambda view: view.block.expert.intermediate_size * view.block.num_experts + view.recipe.num_shared_neurons,
     inexact_because=_parts_are_weighted,
     needs_all=True,
 )

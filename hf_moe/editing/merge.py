@@ -21,6 +21,7 @@ from .sparse_block import SparseBlock, has_equal_rows
 
 SIMILARITIES = ("weights", "router")
 VALUES_AT_ONCE = 2**24
+ROWS_DECIDE = 1e-6  # far above the rounding of a cosine, far below what tells experts apart
 
 
 def merge_experts(
@@ -119,22 +120,29 @@ def merge_experts(
 
 
 def similarity_of(moe: MoeCheckpoint, block: SparseBlock, similarity: str) -> torch.Tensor:
-    """The cosine `(E, E)` of each two experts' weights or rows, in float64."""
+    """
+    How alike each two experts are `(E, E)`, in float64: the cosine of their weights, or of their rows of the router.
+
+    Among experts whose weights are alike, the rows decide.
+    """
+    rows = sum(value.double().flatten(1) @ value.double().flatten(1).T for value in moe.read_rows(block).values())
     if similarity == "router":
-        rows = [value.double().flatten(1) for value in moe.read_rows(block).values()]
-        products = sum(value @ value.T for value in rows)
-    else:
-        products = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64)
-        longest = max(2 * block.expert.intermediate_size, block.expert.hidden_size)
-        count = max(1, VALUES_AT_ONCE // (3 * block.num_experts * longest))
-        # Rows of every tensor at a time, so that no more than a part of each expert is in memory.
-        for start in range(0, longest, count):
-            part = slice(start, start + count)
-            experts = range(block.num_experts)
-            values = torch.stack([moe.read_expert_rows(block, expert, part).double() for expert in experts])
-            products += values @ values.T
-    lengths = products.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    return products / lengths[:, None] / lengths
+        return _cosine(rows)
+    products = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64)
+    longest = max(2 * block.expert.intermediate_size, block.expert.hidden_size)
+    count = max(1, VALUES_AT_ONCE // (3 * block.num_experts * longest))
+    # Rows of every tensor at a time, so that no more than a part of each expert is in memory.
+    for start in range(0, longest, count):
+        part = slice(start, start + count)
+        experts = range(block.num_experts)
+        values = torch.stack([moe.read_expert_rows(block, expert, part).double() for expert in experts])
+        products += values @ values.T
+    return _cosine(products) + ROWS_DECIDE * _cosine(rows)
+
+
+def _cosine(products_EE: torch.Tensor) -> torch.Tensor:
+    lengths_E = products_EE.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return products_EE / lengths_E[:, None] / lengths_E
 
 
 def group_similar(similarity_EE: torch.Tensor, num_groups: int) -> list[list[int]]:

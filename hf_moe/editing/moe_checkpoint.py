@@ -105,14 +105,16 @@ class MoeCheckpoint:
 
     @property
     def router_type(self) -> str:
-        """What kind of router it is: the name in hf_moe's `ROUTERS`, or the class of transformers."""
+        """What kind of router it is: a name in hf_moe's `ROUTERS`, or a class of transformers that is none of them."""
+        if self.config.model_type in SOFTMAX_MODEL_TYPES:
+            return "softmax_topk"
         first = next(iter(self.blocks.values()))
         return getattr(self.config, "router_type", None) or type(self.model.get_submodule(first.router)).__name__
 
     @property
     def has_softmax_router(self) -> bool:
         """Whether the weights are known to be a softmax over the experts."""
-        return self.router_type == "softmax_topk" or self.config.model_type in SOFTMAX_MODEL_TYPES
+        return self.router_type == "softmax_topk"
 
     def info(self, name: str) -> TensorInfo:
         """Type and shape of a tensor by its name in memory."""
@@ -251,7 +253,9 @@ class MoeCheckpoint:
             if name in self.name_on_disk and block.expert.is_gated and block.expert.down_bias is None:
                 path = self._below(block, name).partition(".experts.")[0]
                 return PerExpertLayout(path, gate, up, down)
-        stored = sorted({re.sub(r"\d+", "N", name) for name in self.name_on_disk if name.startswith(block.experts)})
+        stored = sorted(
+            {re.sub(r"\.\d+\.", ".N.", name) for name in self.name_on_disk if name.startswith(block.experts)}
+        )
         raise UpcycleError(
             f"{self.model_class.__name__} keeps its experts as {stored[:4]}. hf_moe edits experts that are fused "
             "(experts.gate_up_proj), or named as Mixtral's (w1, w2, w3) or Qwen2-MoE's (gate_proj, up_proj, down_proj)."
