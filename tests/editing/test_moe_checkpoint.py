@@ -20,8 +20,9 @@ from hf_moe.upcycling.parity import Side, output_of, sample_of, streamed_model
 KINDS = [*NATIVE, "moe_llama", "moe_qwen3"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "original"), [*((kind, True) for kind in KINDS), ("mixtral", False), ("olmoe", False)]
+)
 def test_experts_and_rows_are_those_of_the_model(kind, original, tmp_path):
     moe = MoeCheckpoint(save_moe(tmp_path / "moe", kind, save_original_format=original))
     model = load(tmp_path / "moe")
