@@ -81,9 +81,10 @@ def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def meta_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without values, to ask for names, shapes and counts; the same one for the same arguments."""
+    """A model without values, to ask for names, shapes and counts; the same one whatever the data type."""
     classes: Any = (cls, type(config))
-    return _meta_model(classes, config.to_json_string(use_diff=False))
+    values = {name: value for name, value in config.to_dict().items() if name != "dtype"}
+    return _meta_model(classes, json.dumps(values, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)

@@ -101,8 +101,7 @@ def upcycle(
     started = time.perf_counter()
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
-    if not Path(source).is_dir():
-        plan_upcycle(source, recipe, revision=revision)
+    plan_upcycle(source, recipe, revision=revision)
     given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
     incomplete = output_dir.with_name(output_dir.name + ".incomplete")
     sources = [source, *(parse_expert(entry)[0] for entry in recipe.experts or [] if entry != BASE)]
