@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := .cache/smollm2
+ENCODER := .cache/minilm
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MLINTER_RULES := build/mlinter-rules.toml
 
@@ -24,6 +25,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(MODEL)/config.json: $(INSTALLED)
 	$(BIN)/python examples/fetch_smollm2.py $(MODEL)
 
+$(ENCODER)/config.json: $(INSTALLED)
+	$(BIN)/python examples/fetch_minilm.py $(ENCODER)
+
 demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-tune, look at the routing (minutes)
 	$(BIN)/python examples/01_upcycle.py $(MODEL) outputs/demo/moe --num-experts 4 --top-k 2 --overwrite
 	$(BIN)/python examples/02_finetune_trainer.py $(MODEL) outputs/demo/moe outputs/demo
@@ -34,8 +38,8 @@ test: $(INSTALLED) ## Run the tests
 test-fast: $(INSTALLED) ## Run the tests that start no other process, until the first failure
 	$(BIN)/python -m pytest -n 2 -x --failed-first -m 'not slow and not processes'
 
-test-slow: $(INSTALLED) $(MODEL)/config.json ## Run the slow tests, which need a real model
-	HF_MOE_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -m slow -s
+test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json ## Run the slow tests, which need real models
+	HF_MOE_TEST_MODEL=$(MODEL) HF_MOE_TEST_ENCODER=$(ENCODER) $(BIN)/python -m pytest -m slow -s
 
 quality: $(INSTALLED) ## Check style, types, model conventions and layering
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
     "models": set(),
-    "upcycling": {"models", "hub", "version"},
+    "upcycling": {"models", "training", "hub", "version"},
     "editing": {"upcycling", "models", "training", "hub", "version"},
     "training": {"models"},
     "hub": {"training"},

@@ -42,7 +42,7 @@ def collapse(
 
     | method | the dense feed-forward |
     |---|---|
-    | `copy`, `drop` | the mean of the experts, or one of them |
+    | `copy`, `drop`, `compose` | the mean of the experts, or one of them |
     | `residual` | the shared expert; the mean of the routed experts' down-projections is added where they are as wide |
     | `granular` | the parts of a copy side by side: the mean of the copies, or the one that `expert` is a part of |
     | `split` | the neurons of all experts, in the order that they had if they were dealt out at random |
@@ -78,18 +78,18 @@ def collapse(
     """
     if expert != "mean" and (isinstance(expert, str) or expert < 0):
         raise UpcycleError(f"`expert` must be 'mean' or the index of an expert, got {expert!r}.")
-    output = OutputFolder(output_dir, source, overwrite)
+    output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
     parent = find_parent(moe)
     views = {index: SparseView(moe, index, parent.recipe or UpcycleConfig(), expert) for index in moe.blocks}
     method = _find_method(parent, views)
     _check_expert(method, expert, views)
-    model = parent.model(moe, COLLAPSES[method].size(next(iter(views.values()))))
+    model, config = parent.model(moe, COLLAPSES[method].size(next(iter(views.values()))))
     edit = Edit(
         operation="collapse",
         arguments={"expert": expert},
         details={"method": method},
-        config=model.config,
+        config=config,
         model_class=type(model),
         steps=_dense_steps(moe, parent.family, model, views, COLLAPSES[method].build),
         inexact_because=_inexact_because(moe, parent, method, views),

@@ -84,10 +84,13 @@ class SparseView:
         return self.moe.read_rows(self.block)["weight"]
 
     @property
-    def num_experts_made(self) -> int:
-        """The number of experts that the recipe gave this layer."""
+    def missing_weight(self) -> float:
+        """The factor by which the method made up for weights that do not sum to 1, but to the K-th part of E."""
+        if self.recipe.norm_topk_prob:
+            return 1
         counts = self.recipe.expert_counts
-        return counts[list(self.moe.blocks).index(self.index)] if len(counts) > 1 else counts[0]
+        made = counts[list(self.moe.blocks).index(self.index)] if len(counts) > 1 else counts[0]
+        return made / self.recipe.num_experts_per_tok
 
 
 @dataclass(frozen=True)
@@ -153,19 +156,20 @@ def _shared_expert_is_left_out(view: SparseView) -> str | None:
 @collapses(
     "copy",
     "drop",
+    "compose",
     size=lambda view: view.block.expert.intermediate_size,
     inexact_because=_copies_differ,
     takes_one=True,
 )
 def of_copies(view: SparseView) -> FeedForward:
     """The mean of the experts, or one of them."""
-    recipe = view.recipe
-    scale = 1.0 if recipe.norm_topk_prob else view.num_experts_made / recipe.num_experts_per_tok
-    if isinstance(view.expert, int):
-        return _without_scale(view.moe.read_expert(view.block, view.expert), scale, recipe.scale_on)
     count = view.block.num_experts
-    mean = weighted_mean(view.experts(), torch.full((count,), 1 / count, dtype=torch.float64))
-    return _without_scale(mean, scale, recipe.scale_on)
+    if isinstance(view.expert, int):
+        experts = view.moe.read_expert(view.block, view.expert)
+    else:
+        experts = weighted_mean(view.experts(), torch.full((count,), 1 / count, dtype=torch.float64))
+    missing = view.missing_weight
+    return _without_scale(experts, missing, view.recipe.scale_on, bias_scale=missing)
 
 
 @collapses(
@@ -214,15 +218,14 @@ def _parts_differ(view: SparseView) -> str | None:
 )
 def of_granular(view: SparseView) -> FeedForward:
     """The parts of a copy side by side, the mean of all copies or the one that the expert belongs to."""
-    recipe = view.recipe
-    count = view.block.num_experts // recipe.granularity
-    scale = recipe.granularity * (1 if recipe.norm_topk_prob else view.num_experts_made / recipe.num_experts_per_tok)
+    granularity, missing = view.recipe.granularity, view.missing_weight
+    count = view.block.num_experts // granularity
     if isinstance(view.expert, int):
-        first = view.expert // recipe.granularity * recipe.granularity
-        copy = _side_by_side(list(view.experts(range(first, first + recipe.granularity))))
+        first = view.expert // granularity * granularity
+        copy = _side_by_side(list(view.experts(range(first, first + granularity))))
     else:
         copy = weighted_mean(_copies(view), torch.full((count,), 1 / count, dtype=torch.float64))
-    return _without_scale(copy, scale, recipe.scale_on)
+    return _without_scale(copy, granularity * missing, view.recipe.scale_on, bias_scale=missing)
 
 
 def _copies(view: SparseView) -> Iterator[FeedForward]:
@@ -280,9 +283,9 @@ def _plus(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.where(other == 0, tensor, (tensor.double() + other.double()).to(tensor.dtype))
 
 
-def _without_scale(feed_forward: FeedForward, scale: float, scale_on: str) -> FeedForward:
+def _without_scale(feed_forward: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:
     """Undo [`~hf_moe.upcycling.methods.scale_output`]."""
-    factors = scale_output(feed_forward.map(lambda name, tensor: torch.ones(1)), scale, scale_on)
+    factors = scale_output(feed_forward.map(lambda name, tensor: torch.ones(1)), scale, scale_on, bias_scale)
 
     def divide(name: str, tensor: torch.Tensor) -> torch.Tensor:
         factor = getattr(factors, name).item()

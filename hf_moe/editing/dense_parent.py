@@ -57,9 +57,9 @@ class DenseParent:
     edited: bool
     config: dict[str, Any]
 
-    def model(self, moe: MoeCheckpoint, intermediate_size: int) -> PreTrainedModel:
+    def model(self, moe: MoeCheckpoint, intermediate_size: int) -> tuple[PreTrainedModel, PreTrainedConfig]:
         """
-        The dense model without values.
+        The dense model without values, and its configuration.
 
         Raises:
             UpcycleError: if the class cannot have feed-forwards of this size.
@@ -78,7 +78,7 @@ class DenseParent:
                 f"The feed-forwards of the result have {intermediate_size} neurons, but those of {type(model).__name__} have "
                 f"{feed_forward.intermediate_size}."
             )
-        return model
+        return model, config
 
 
 def find_parent(moe: MoeCheckpoint) -> DenseParent:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..hub.card import read_parent_card, write_edit_card
+from ..hub.card import licence, read_parent_card, write_edit_card
 from ..upcycling.checkpoint import Checkpoint
 from ..upcycling.convert import Step
 from ..upcycling.errors import UpcycleError
@@ -180,18 +180,18 @@ def write_edit(
     checkpoint, model = moe.checkpoint, meta_model(edit.model_class, edit.config)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
     sample = sample_of(checkpoint) if verify else None
-    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
+    parent = {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "license": licence(parent_data),
+        "sha256": checkpoint.sha256(progress),
+    }
     asked = {"operation": edit.operation, "arguments": edit.arguments, "details": edit.details}
     with output.locked() as incomplete:
-        writer = output.write_weights(
-            edit.steps,
-            checkpoint,
-            json.dumps({"hf_moe": __version__, **asked, "sha256": parent["sha256"]}),
-            max_shard_size=max_shard_size,
-            progress=progress,
-            description=edit.operation.capitalize(),
-        )
-        write_model_files(incomplete, checkpoint, model)
+        fingerprint = json.dumps({"hf_moe": __version__, **asked, "sha256": parent["sha256"]})
+        writer = output.open(edit.steps, checkpoint, fingerprint, max_shard_size)
+        output.write_weights(writer, edit.steps, progress, edit.operation.capitalize())
+        write_model_files(incomplete, model, edit.config, checkpoint, checkpoint)
         measured = None
         if sample is not None:
             target = None if edit.top_k is None else moe.target
@@ -208,11 +208,11 @@ def write_edit(
                     f"{measured['float32']['max_relative_error']:.1e}, where {edit.operation!r} should be exact here. The files "
                     f"are left in {incomplete} for inspection; delete that folder to try again. Please report this."
                 )
-        result = _describe(model, edit.top_k)
+        result = _describe(model, edit.config, edit.top_k)
         provenance = {
             "hf_moe_version": __version__,
             **asked,
-            "parent": {**parent, **_describe(moe.model, moe.top_k)},
+            "parent": {**parent, **_describe(moe.model, moe.config, moe.top_k)},
             "result": result,
             "inexact_because": edit.inexact_because,
             "measured": measured,
@@ -239,12 +239,12 @@ def write_edit(
     )
 
 
-def _describe(model: PreTrainedModel, top_k: int | None) -> dict[str, Any]:
+def _describe(model: PreTrainedModel, config: PreTrainedConfig, top_k: int | None) -> dict[str, Any]:
     """What the card and the report say of a model; `top_k` is None if it is dense."""
     blocks = [] if top_k is None else list(find_blocks(model).values())
     idle = sum((block.num_experts - (top_k or 0)) * block.expert.numel for block in blocks)
     return {
-        "model_type": model.config.model_type,
+        "model_type": config.model_type,
         "architecture": type(model).__name__,
         "native": type(model).__module__.startswith("transformers."),
         "num_experts": max((block.num_experts for block in blocks), default=None),
@@ -252,6 +252,6 @@ def _describe(model: PreTrainedModel, top_k: int | None) -> dict[str, Any]:
         "num_parameters": model.num_parameters(),
         "num_active_parameters": model.num_parameters() - idle,
         "num_sparse_layers": len(blocks),
-        "num_layers": model.config.num_hidden_layers,
-        "dtype": str(model.config.dtype).removeprefix("torch."),
+        "num_layers": config.num_hidden_layers,
+        "dtype": str(config.dtype).removeprefix("torch."),
     }

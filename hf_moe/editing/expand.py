@@ -75,7 +75,7 @@ def expand_experts(
         raise UpcycleError(f"`factor` must be at least 2, got {factor}.")
     if not 0 <= noise < float("inf"):
         raise UpcycleError(f"`noise` must be a finite number and not negative, got {noise}.")
-    output = OutputFolder(output_dir, source, overwrite)
+    output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
     load = load_of_layers(moe, statistics) if statistics is not None else None
     copied_from = {

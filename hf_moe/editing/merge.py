@@ -82,7 +82,7 @@ def merge_experts(
     """
     if similarity not in SIMILARITIES:
         raise UpcycleError(f"`similarity` must be one of {list(SIMILARITIES)}, got {similarity!r}.")
-    output = OutputFolder(output_dir, source, overwrite)
+    output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
     fewest = min(block.num_experts for block in moe.blocks.values())
     if not 1 <= num_experts < fewest:

@@ -69,7 +69,7 @@ def prune_experts(
             "`keep` needs `statistics`, which say how much each expert is used, and `drop` has no use for them. Record them "
             "with a RoutingRecorder or `hf-moe inspect --output`."
         )
-    output = OutputFolder(output_dir, source, overwrite)
+    output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
     if keep is None or statistics is None:
         kept = _without(moe, drop or [])

@@ -7,13 +7,14 @@ streaming writer and the in-memory conversion run these steps, which is why thei
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging
 
 from .errors import UpcycleError
 from .families import Family
@@ -26,7 +27,13 @@ from .router_init import build_router
 from .targets import backbone_prefix, dense_class, find_family, layer_prefix, meta_model
 
 
+logger = logging.get_logger(__name__)
+
 TensorInfo = tuple[torch.dtype, tuple[int, ...]]
+# Constants that earlier releases of transformers saved with the weights.
+SAVED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$")
+# Modules beside or behind the layers that one class of a family has and another has not.
+HEADS = r"^(\w+\.)?(classifier|cls|embed_out|lm_head|multiple_choice_head|pooler|qa_outputs|score)\."
 
 
 def num_bytes(info: TensorInfo) -> int:
@@ -62,16 +69,24 @@ def plan_steps(
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
     layout: FusedLayout | PerExpertLayout,
+    observations: Mapping[int, Mapping[str, torch.Tensor]],
+    experts: Sequence[DenseTensors] = (),
 ) -> list[Step]:
     """
     The steps of a conversion, in the order of the dense model's tensors.
+
+    Args:
+        observations (`Mapping`): By layer, what [`~hf_moe.upcycling.calibration.calibrate`] found out. It is looked at
+            when a step runs, so it may be filled until then.
+        experts (`Sequence[DenseTensors]`, *optional*): For method `"compose"`, the dense model that each expert comes from;
+            `dense` has what is not an expert.
 
     Raises:
         UpcycleError: if the dense model lacks a tensor that its class has, has one that its class would drop, or one of
             another shape.
     """
     model = meta_model(dense_class(dense_config), dense_config)
-    names = _check_names(dense, dense_config, model)
+    names = check_names(dense, dense_config, model)
     family = find_family(dense_config)
     layers = layer_prefix(family, model)
     layer_of = {
@@ -85,11 +100,22 @@ def plan_steps(
             steps.append(_copy_step(name, dense))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            context = LayerContext(recipe, index, plan.experts_in_layer[index])
-            steps.append(
-                _SparseStep(f"{layers}{index}.", dense, family, plan, context, layout, backbone_prefix(model)).step()
+            layer = f"{layers}{index}."
+            composed = _composed(layer, family, experts) if experts else None
+            context = LayerContext(
+                recipe, index, plan.experts_in_layer[index], observations.get(index, {}), composed=composed
             )
+            steps.append(_SparseStep(layer, dense, family, plan, context, layout, backbone_prefix(model)).step())
     return steps
+
+
+def _composed(layer: str, family: Family, experts: Sequence[DenseTensors]) -> Callable[[int], FeedForward]:
+    def read(expert_index: int) -> FeedForward:
+        dense = experts[expert_index]
+        names = family.feed_forward.tensors(layer, dense.info)
+        return family.feed_forward.read(layer, {name: dense.read(name) for name in names})
+
+    return read
 
 
 def _copy_step(name: str, dense: DenseTensors) -> Step:
@@ -193,10 +219,52 @@ def in_memory_names(names: list[str], model: PreTrainedModel) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state_dict)[0] for name in names}
 
 
-def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
-    """Names to convert, in the order of the dense class."""
+def names_to_convert(names: list[str], model: PreTrainedModel) -> dict[str, str]:
+    """
+    As [`in_memory_names`], without the tensors of a dense checkpoint that its class drops when it loads them.
+
+    Those are constants that other releases saved and, with a warning, heads of other classes.
+
+    Raises:
+        UpcycleError: if transformers would compute a tensor from those on disk, or load two of them into one.
+    """
+    in_memory, expected = in_memory_names(names, model), model.state_dict()
+    converters = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter)]
+    constants = [*SAVED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]
+    # Of two tied tensors a checkpoint may hold either.
+    found = set(in_memory.values())
+    tied = {name: other for name, other in model.all_tied_weights_keys.items() if other not in found}
+    kept, heads, seen = {}, [], set()
+    for on_disk, name in in_memory.items():
+        if rename_source_key(name, [], converters)[1] is not None:
+            raise UpcycleError(
+                f"transformers computes the weights of {type(model).__name__} from {on_disk!r} when it loads the checkpoint. "
+                "Load the model and save it with `save_pretrained(..., save_original_format=False)` first."
+            )
+        if name in seen:
+            raise UpcycleError(
+                f"The checkpoint holds {name!r} of {type(model).__name__} twice, under {on_disk!r} too. Load the model and "
+                "save it with `save_pretrained` first, so that each is there once."
+            )
+        seen.add(name)
+        if name in expected or not any(re.search(pattern, name) for pattern in [*constants, HEADS]):
+            kept[on_disk] = tied.get(name, name)
+        elif re.search(HEADS, name):
+            heads.append(on_disk)
+    if heads:
+        logger.warning(f"{type(model).__name__} has no place for {heads}: they are left out, as transformers does.")
+    return kept
+
+
+def check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
+    """
+    Names to convert, in the order of the dense class.
+
+    Raises:
+        UpcycleError: if a tensor is missing, has no place in the class, or has another shape than there.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.all_tied_weights_keys if dense_config.tie_word_embeddings else {}
+    tied = model.all_tied_weights_keys
     for name, other in tied.items():
         del expected[name]
         if name in dense.info and not torch.equal(dense.read(name), dense.read(other)):
@@ -204,16 +272,12 @@ def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: Pre
                 f"The configuration ties {name!r} to {other!r}, but the checkpoint holds different values for the two. Set "
                 "tie_word_embeddings to what the model was trained with."
             )
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
-    unexpected = [
-        name
-        for name in dense.info
-        if name not in expected and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
-    ]
+    unexpected = [name for name in dense.info if name not in expected and name not in tied]
     if missing := [name for name in expected if name not in dense.info]:
         raise UpcycleError(
             f"The checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} has: {missing[:3]}. Is it "
-            "complete, and does config.json belong to it?"
+            "complete, and does config.json belong to it? To start from random values there, load the model and save it "
+            "with `save_pretrained` first."
         )
     if unexpected:
         raise UpcycleError(

@@ -10,16 +10,16 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
 from huggingface_hub.utils import WeakFileLock, tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .checkpoint import Checkpoint
+from .checkpoint import LICENCE_FILES, TOKENIZER_FILES, Checkpoint
 from .convert import Step
 from .errors import UpcycleError
 from .writer import JOURNAL, ShardWriter
@@ -31,27 +31,28 @@ class OutputFolder:
 
     Args:
         output_dir (`str` or `Path`): The folder to write.
-        source (`str` or `Path`): What the result is made from; it must not lie in the folder.
+        sources (`Sequence[str | Path]`): What the result is made from; none of it may lie in the folder.
         overwrite (`bool`): Whether what is there is replaced, once the result is complete.
 
     Raises:
         UpcycleError: if the folder must not be written.
     """
 
-    def __init__(self, output_dir: str | Path, source: str | Path, overwrite: bool):
+    def __init__(self, output_dir: str | Path, sources: Sequence[str | Path], overwrite: bool):
         self.given = Path(output_dir)
         self.path = self.given.resolve()
         self.incomplete = self.path.with_name(self.path.name + ".incomplete")
         self.overwrite = overwrite
         self.num_bytes = 0
-        self._check(source)
+        self._check(sources)
 
-    def _check(self, source: str | Path) -> None:
+    def _check(self, sources: Sequence[str | Path]) -> None:
         for folder in (self.path, self.incomplete):
-            if Path(source).is_dir() and Path(source).resolve().is_relative_to(folder):
-                raise UpcycleError(
-                    f"{folder}, which would be written, holds the source {source}. Choose another output folder."
-                )
+            for source in sources:
+                if Path(source).is_dir() and Path(source).resolve().is_relative_to(folder):
+                    raise UpcycleError(
+                        f"{folder}, which would be written, holds the source {source}. Choose another output folder."
+                    )
             if folder.exists() and not folder.is_dir():
                 raise UpcycleError(f"{folder} exists and is no folder. Choose another output folder.")
         if self.path.is_mount() or self.path == self.path.parent:
@@ -93,18 +94,11 @@ class OutputFolder:
                 f"{self.num_bytes:,} bytes. Make room and run the same command again: it goes on where it stopped."
             ) from error
 
-    def write_weights(
-        self,
-        steps: list[Step],
-        checkpoint: Checkpoint,
-        fingerprint: str,
-        *,
-        max_shard_size: str | int,
-        progress: bool,
-        description: str = "Upcycling",
+    def open(
+        self, steps: list[Step], checkpoint: Checkpoint, fingerprint: str, max_shard_size: str | int
     ) -> ShardWriter:
         """
-        Write the tensors of `steps`, or those that an interrupted run with the same `fingerprint` left to do.
+        The writer of the tensors of `steps`, or of those that an interrupted run with the same `fingerprint` left to do.
 
         Raises:
             UpcycleError: if there is no room for them, or if the folder holds something else.
@@ -112,6 +106,12 @@ class OutputFolder:
         writer = ShardWriter(self.incomplete, steps, max_shard_size, fingerprint)
         self.num_bytes = writer.total_bytes
         self._check_space(checkpoint)
+        return writer
+
+    def write_weights(
+        self, writer: ShardWriter, steps: list[Step], progress: bool, description: str = "Upcycling"
+    ) -> None:
+        """Write the tensors of `steps`, and the index."""
         with tqdm(
             total=writer.total_bytes,
             desc="Resuming" if writer.checksums else description,
@@ -126,7 +126,6 @@ class OutputFolder:
                 for num_bytes in writer.write(step):
                     bar.update(num_bytes)
         writer.write_index()
-        return writer
 
     def _check_space(self, checkpoint: Checkpoint) -> None:
         there = sum(path.stat().st_size for path in self.incomplete.iterdir())
@@ -153,16 +152,24 @@ class OutputFolder:
             shutil.rmtree(replaced)
 
 
-def write_model_files(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Write the configuration of `model`, the code of its class if it is ours, and the source's tokenizer and the like."""
-    config = model.config
+def write_model_files(
+    folder: Path, model: PreTrainedModel, config: PreTrainedConfig, checkpoint: Checkpoint, tokenizer: Checkpoint
+) -> None:
+    """
+    Write the configuration, the code of the model's class if it is ours, and what stands beside the source's weights.
+
+    Args:
+        checkpoint (`Checkpoint`): Where licence files come from.
+        tokenizer (`Checkpoint`): Where the tokenizer and the generation config come from.
+    """
     config.architectures = [type(model).__name__]
     if not type(model).__module__.startswith("transformers."):
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
-    for path in checkpoint.auxiliary_files():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / path, folder / path)
+    for origin, patterns in ((checkpoint, LICENCE_FILES), (tokenizer, TOKENIZER_FILES)):
+        for path in origin.auxiliary_files(patterns):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(origin.folder / path, folder / path)
     if model.can_generate() and not (folder / "generation_config.json").exists():
         GenerationConfig.from_model_config(config).save_pretrained(folder)
 
@@ -177,4 +184,6 @@ def _without_infinities(value: Any) -> Any:
     """JSON has no infinity, but a model whose values overflow in float16 measures one: null stands for it."""
     if isinstance(value, dict):
         return {name: _without_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ experts one by one. What stays in memory are the inputs and outputs of the compa
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
 from huggingface_hub.utils import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging
 
-from .checkpoint import Checkpoint
+from ..training.statistics import LayerRouting, RoutingStatistics
+from .calibration import read_text
+from .checkpoint import Checkpoint, load_tokenizer
 from .convert import in_memory_names
 from .errors import UpcycleError
 from .families import Target
@@ -35,6 +37,8 @@ from .targets import find_family
 logger = logging.get_logger(__name__)
 FLOAT32_BOUND = 1e-5
 NUM_TOKENS = 256
+# Were the experts equally popular, one in ten million would get none of so many tokens by chance.
+TOKENS_PER_EXPERT = 16
 TEXT = """The harbour master counted the boats twice before he wrote 37 into the log, because the fog had already hidden
 the far pier. "If the tide turns at 6:15," he said, "we shall have four hours and ten minutes." Nobody answered him.
 
@@ -73,11 +77,15 @@ class Side:
 
 
 def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
-    """What [`sample_of`] gives, enough of it to reach every expert."""
-    return sample_of(dense, max(NUM_TOKENS, max(recipe.expert_counts) // recipe.num_experts_per_tok + 1))
+    """
+    What [`sample_of`] gives, of the recipe's `calibration_text` or our own, with enough tokens to show which experts get
+    none.
+    """
+    needed = max(NUM_TOKENS, TOKENS_PER_EXPERT * max(recipe.expert_counts) // recipe.num_experts_per_tok)
+    return sample_of(dense, needed, recipe.calibration_files)
 
 
-def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS) -> Sample:
+def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS, files: Sequence[str] = ()) -> Sample:
     """
     A text in the model's own tokens; random ones with a warning if it has no tokenizer that works; random images for a
     model that sees.
@@ -85,6 +93,7 @@ def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS) -> Sample:
     Args:
         needed (`int`, *optional*, defaults to 256): Number of tokens at least. They are more where the sliding window is at
             most 1024, to be longer than it.
+        files (`Sequence[str]`, *optional*): Files with the text, each of which gives an equal share. Ours if there are none.
     """
     generator = torch.Generator().manual_seed(0)
     if hasattr(dense.config, "image_size"):
@@ -92,18 +101,20 @@ def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS) -> Sample:
     window = getattr(dense.config, "sliding_window", None) or 0
     length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
     length = min(length, dense.config.max_position_embeddings)
-    if any(path.name.startswith(("tokenizer", "vocab")) for path in dense.auxiliary_files()):
-        try:
-            ids = AutoTokenizer.from_pretrained(dense.folder, trust_remote_code=False)(TEXT)["input_ids"]
-            return Sample({"input_ids": torch.tensor([(ids * (length // len(ids) + 1))[:length]])}, length, True)
-        except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
-            logger.warning(
-                f"The tokenizer of {dense.source} does not load; random tokens are compared instead. ({error})"
-            )
-    else:
-        logger.warning(f"{dense.source} has no tokenizer: none is copied, and random tokens are compared.")
-    ids = torch.randint(dense.config.vocab_size, (1, length), generator=generator)
-    return Sample({"input_ids": ids}, length, False)
+    rows = -(-needed // length)
+    tokenizer = load_tokenizer(dense)
+    if tokenizer is not None:
+        texts = [read_text(Path(file)) for file in files] or [TEXT]
+        share = -(-rows * length // len(texts))
+        ids = [token for text in texts for token in _repeated(tokenizer(text, verbose=False)["input_ids"], share)]
+        return Sample({"input_ids": torch.tensor(ids[: rows * length]).view(rows, length)}, rows * length, True)
+    logger.warning(f"{dense.source} has no tokenizer that loads: random tokens are compared.")
+    ids = torch.randint(dense.config.vocab_size, (rows, length), generator=generator)
+    return Sample({"input_ids": ids}, rows * length, False)
+
+
+def _repeated(ids: list[int], length: int) -> list[int]:
+    return (ids * (length // len(ids) + 1))[:length]
 
 
 def _random_images(config: PreTrainedConfig, num_tokens: int, generator: torch.Generator) -> Sample:
@@ -141,15 +152,11 @@ def measure_parity(
         `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `beyond_window` (whether the tokens reach
         beyond the sliding window; None without one) and per data type `layers` (largest difference of each block's
         output divided by its largest value) and, for the whole model, `max_relative_error` of the logits,
-        `top1_agreement` and `kl_divergence` (mean over tokens, in nats).
+        `top1_agreement` and `kl_divergence` (mean over tokens, in nats). `routing` says which experts the routers chose
+        in float32, see [`~hf_moe.training.statistics.RoutingStatistics`].
     """
     dense_config = dense.checkpoint.config
-    window = getattr(dense_config, "sliding_window", None)
-    parity: dict[str, Any] = {
-        "num_tokens": sample.num_tokens,
-        "text": sample.is_text,
-        "beyond_window": sample.num_tokens > window if window else None,
-    }
+    parity = describe_sample(sample, dense_config)
     num_layers, num_blocks = dense_config.num_hidden_layers, len(plan.experts_in_layer)
     for dtype in dict.fromkeys((torch.float32, dense_config.dtype)):
         name = str(dtype).removeprefix("torch.")
@@ -159,8 +166,17 @@ def measure_parity(
             unit=" layers",
             disable=None if progress else True,
         ) as bar:
-            parity[name] = _compare(dense, result, plan, sample, dtype, whole_model, bar)
+            parity[name], routing = compare(dense, result, plan, sample, dtype, whole_model, bar)
+        if dtype == torch.float32:
+            parity["routing"] = routing.to_dict()
     return parity
+
+
+def describe_sample(sample: Sample, config: PreTrainedConfig) -> dict[str, Any]:
+    """What a reader must know of the tokens that were compared."""
+    window = getattr(config, "sliding_window", None)
+    beyond_window = sample.inputs["input_ids"].shape[1] > window if window else None
+    return {"num_tokens": sample.num_tokens, "text": sample.is_text, "beyond_window": beyond_window}
 
 
 def summarize(parity: dict[str, Any]) -> float:
@@ -184,9 +200,22 @@ def check_parity(parity: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _compare(
-    dense: Side, result: Side, plan: UpcyclePlan, sample: Sample, dtype: torch.dtype, whole_model: bool, bar: tqdm
-) -> dict[str, Any]:
+def compare(
+    dense: Side,
+    result: Side,
+    plan: UpcyclePlan,
+    sample: Sample,
+    dtype: torch.dtype,
+    whole_model: bool,
+    bar: tqdm,
+    forced_experts: list[int] | None = None,
+) -> tuple[dict[str, Any], RoutingStatistics]:
+    """
+    What [`measure_parity`] reports for one data type, and which experts the routers chose.
+
+    Args:
+        forced_experts (`list[int]`, *optional*): Every token goes to one of these experts, dealt out in turn, with weight 1.
+    """
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
     dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
     names = find_family(dense.checkpoint.config).feed_forward
@@ -205,9 +234,11 @@ def _compare(
         for index in plan.experts_in_layer:
             block = layers[index].get_submodule(plan.target.block)
             block_input, block_output = captured.pop(index)
+            block.experts.num_counted = sample.num_tokens
             if plan.exact:
                 block.experts.experts_per_copy = plan.sizes.experts_per_copy
                 block.experts.deal_from = sample.num_tokens if whole_model else 0
+            block.experts.forced_experts = forced_experts
             if whole_model:
                 _compare_on_the_way(block, block_input, block_output, errors, index)
             else:
@@ -218,7 +249,12 @@ def _compare(
             for layer in layers:
                 _advance_with(layer, bar)
             measured |= compare_outputs(output_of(model(**inputs)), expected)
-    return measured
+    routing = {
+        name.removesuffix(".experts"): LayerRouting(module.counts, sample.num_tokens)
+        for name, module in model.named_modules()
+        if hasattr(module, "counts")
+    }
+    return measured, RoutingStatistics(routing)
 
 
 def _capture(first: torch.nn.Module, last: torch.nn.Module) -> list[torch.Tensor]:
@@ -262,7 +298,8 @@ def _compare_on_the_way(
 
 def compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     """Largest relative error, share of the tokens with the same best output, and mean KL divergence in nats."""
-    actual, expected = actual.float(), expected.float()
+    common = min(actual.shape[-1], expected.shape[-1])  # composed models may have different vocabularies
+    actual, expected = actual[..., :common].float(), expected[..., :common].float()
     divergence = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
     return {
         "max_relative_error": _relative_error(actual, expected),
@@ -297,9 +334,8 @@ class _Tensors(Mapping):
         self.checkpoint, self.dtype = checkpoint, dtype
         names = in_memory_names(list(checkpoint), model)
         self.name_on_disk = {in_memory: on_disk for on_disk, in_memory in names.items()}
-        if model.config.tie_word_embeddings:
-            tied = model.all_tied_weights_keys
-            self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
+        tied = model.all_tied_weights_keys
+        self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.on_disk(self.name_on_disk[name], None)
@@ -327,6 +363,7 @@ def streamed_model(
         target (`Target`, *optional*): What the model is, if it is a mixture of experts; its experts are read one by one.
     """
     config = copy.deepcopy(config)
+    config.chunk_size_feed_forward = 0  # each feed-forward is to run once
     if target is not None:
         config._experts_implementation = "hf_moe_streamed"
     with init_empty_weights(include_buffers=False):
@@ -338,7 +375,7 @@ def streamed_model(
             if name.endswith(f"{target.block}.experts"):
                 module.read_expert = _expert_reader(tensors, target.layout, name, module)
                 module._parameters.clear()
-                module.deal_from = None
+                module.num_counted, module.deal_from, module.forced_experts = 0, None, None
     for name, buffer in model.named_buffers():
         if name in tensors.name_on_disk:  # a selection bias, say; hooks bring parameters only
             buffer.copy_(tensors[name])
@@ -359,8 +396,15 @@ def _streamed_experts_forward(
     """
     The arithmetic of transformers' grouped_mm, with the weights of one expert in memory at a time.
 
-    From row `self.deal_from` on, tokens are dealt out to the copies in turn instead of being routed.
+    The choices for the first `self.num_counted` tokens are counted. From token `self.deal_from` on, tokens are then dealt
+    out to the copies in turn instead of being routed. With `self.forced_experts` each token goes to one of them alone, in
+    turn, with weight 1.
     """
+    self.counts = torch.bincount(top_k_index[: self.num_counted].reshape(-1), minlength=self.num_experts)
+    if self.forced_experts is not None:
+        turns = torch.arange(len(top_k_index)) % len(self.forced_experts)
+        top_k_index = torch.tensor(self.forced_experts)[turns, None]
+        top_k_weights = torch.ones_like(top_k_weights[:, :1])
     if self.deal_from is not None:
         size = self.experts_per_copy
         dealt_rows = top_k_index[self.deal_from :]
@@ -371,9 +415,12 @@ def _streamed_experts_forward(
     for expert_index in top_k_index.unique().tolist():
         expert = self.read_expert(expert_index)
         token, slot = torch.where(top_k_index == expert_index)
-        hidden = F.linear(hidden_states[token], expert.up_proj, expert.up_bias)
+        # As grouped_mm does, the product is rounded before the bias is added.
+        hidden = F.linear(hidden_states[token], expert.up_proj)
+        hidden = hidden if expert.up_bias is None else hidden + expert.up_bias
         hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        slots[token, slot] = F.linear(hidden, expert.down_proj, expert.down_bias)
+        output = F.linear(hidden, expert.down_proj)
+        slots[token, slot] = output if expert.down_bias is None else output + expert.down_bias
     return (slots * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
 

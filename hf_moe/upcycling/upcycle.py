@@ -1,23 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
 """`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
 
+import functools
 import json
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from ..hub.card import read_parent_card, write_model_card
+from huggingface_hub import CardData
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from ..hub.card import licence, read_parent_card, write_model_card
+from ..training.statistics import RoutingStatistics
 from ..version import __version__
-from .checkpoint import Checkpoint
-from .convert import DenseTensors, in_memory_names, plan_steps
+from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
+from .checkpoint import Checkpoint, load_tokenizer
+from .compose import BASE, parse_expert
+from .convert import plan_steps
 from .errors import UpcycleError
+from .expert_parity import check_expert_parity, largest_error, measure_expert_parity
+from .feed_forward import FeedForward
 from .methods import METHODS
 from .output import OutputFolder, write_model_files, write_provenance
-from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
+from .parents import Composition, compose_parents, open_experts, open_parent
+from .parity import (
+    FLOAT32_BOUND,
+    Sample,
+    Side,
+    check_parity,
+    describe_sample,
+    draw_sample,
+    measure_parity,
+    streamed_model,
+    summarize,
+)
 from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleReport
-from .targets import dense_class, find_family, find_head, meta_model, target_class
+from .ridge import RIDGE_FOLDER
+from .targets import dense_class, find_family, layer_prefix, meta_model
 from .writer import ShardWriter
+
+
+logger = logging.get_logger(__name__)
+OBSERVATIONS = ".upcycle-observations.safetensors"
 
 
 def upcycle(
@@ -39,7 +68,7 @@ def upcycle(
     of the class if it is ours, `hf_moe.json` (recipe, parent, parity) and a model card.
 
     Args:
-        source (`str` or `Path`): The dense model, a folder or a Hub id.
+        source (`str` or `Path`): The dense model, a folder or a Hub id. With method `"compose"` the base of the experts.
         output_dir (`str` or `Path`): The folder to write.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
         revision (`str`, *optional*): Branch, tag or commit of a Hub source.
@@ -66,39 +95,67 @@ def upcycle(
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
     plan_upcycle(source, recipe, revision=revision)
-    output = OutputFolder(output_dir, source, overwrite)
+    sources = [source, *(parse_expert(entry)[0] for entry in recipe.experts or [] if entry != BASE)]
+    output = OutputFolder(output_dir, sources, overwrite)
     checkpoint = Checkpoint(source, revision)
+    base = open_parent(BASE, checkpoint)
     checkpoint.config.dtype = checkpoint.main_dtype()
-    plan = plan_upcycle(checkpoint.config, recipe)
-    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
-    checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
-    dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
-    steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
-    parent_data = read_parent_card(checkpoint.folder / "README.md")
+    experts = open_experts(recipe)
+    plan = plan_upcycle(checkpoint.config, recipe, experts={entry: expert.config for entry, expert in experts.items()})
+    for warning in plan.warnings:
+        logger.warning(warning)
+    checkpoints = {BASE: checkpoint, **experts}
+    digests = {
+        entry: _in_background(functools.partial(opened.sha256, progress)) for entry, opened in checkpoints.items()
+    }
+    parents = {BASE: base, **{entry: open_parent(entry, expert) for entry, expert in experts.items()}}
+    composition = compose_parents(parents, recipe)
+    observations: Observations = {index: {} for index in plan.experts_in_layer}
+    steps = plan_steps(
+        composition.dense, composition.config, plan, recipe, plan.target.layout, observations, composition.experts
+    )
+    calibration = None
+    if needs_calibration(recipe):
+        max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
+        calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
     sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
-    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
+    cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
+    described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
 
     with output.locked() as incomplete:
-        writer = output.write_weights(
-            steps, checkpoint, _fingerprint(recipe, parent), max_shard_size=max_shard_size, progress=progress
-        )
-        model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
-        write_model_files(incomplete, checkpoint, model)
+        writer = output.open(steps, checkpoint, _fingerprint(recipe, described), max_shard_size)
+        if calibration is not None:
+            found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
+            for index, tensors in found.items():
+                observations[index].update(tensors)
+        output.write_weights(writer, steps, progress)
+        model = meta_model(plan.model_class, plan.config)
+        write_model_files(incomplete, model, plan.config, checkpoint, checkpoints[composition.tokenizer])
         parity = None
         if sample is not None:
-            parity = _prove(checkpoint, incomplete, plan, recipe, sample, writer, progress)
-        provenance = _provenance(recipe, plan, checkpoint, parent, parity)
+            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
+        provenance = _provenance(recipe, plan, checkpoint, described, parity)
         write_provenance(incomplete, provenance)
-        write_model_card(incomplete, provenance, parent_data)
+        write_model_card(incomplete, provenance, cards[BASE])
+        (incomplete / OBSERVATIONS).unlink(missing_ok=True)
         output.publish()
 
-    max_relative_error = None if parity is None else summarize(parity)
+    max_relative_error = None if parity is None or "float32" not in parity else summarize(parity)
+    expert_errors = None
+    if parity is not None and recipe.experts:
+        expert_errors = {recipe.experts[row["experts"][0]]: largest_error(row) for row in parity["per_expert"]}
+    routing = None
+    if parity is not None and "routing" in parity:
+        routing = RoutingStatistics.from_dict(parity["routing"])
+        _warn_of_dead_experts(routing)
     return UpcycleReport(
         output_dir=output.given,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
+        expert_errors=expert_errors,
         parity=parity,
+        routing=routing,
         num_parameters=plan.num_parameters,
         num_active_parameters=plan.num_active_parameters,
         bytes_written=writer.total_bytes,
@@ -106,14 +163,50 @@ def upcycle(
     )
 
 
-def _fingerprint(recipe: UpcycleConfig, parent: dict[str, Any]) -> str:
+def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `function` in a thread that does not keep the process alive; what is returned waits for its result."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result
+
+
+def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
+    dead = {name: layer.dead_experts for name, layer in routing.layers.items() if layer.dead_experts}
+    if dead:
+        name, experts = next(iter(dead.items()))
+        logger.warning(
+            f"In {len(dead)} of {len(routing.layers)} layers some experts got none of {routing[name].num_tokens} tokens, for "
+            f"example {experts} of {name}. They get no gradient either: another `router_init`, a smaller `router_logit_std` or "
+            "the load-balancing loss spreads the tokens."
+        )
+
+
+def _describe(checkpoint: Checkpoint, card: CardData | None, sha256: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "license": licence(card),
+        "sha256": sha256,
+    }
+
+
+def _fingerprint(recipe: UpcycleConfig, parents: dict[str, dict[str, Any]]) -> str:
     """What an interrupted conversion must share with the one that goes on with it."""
     weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
-    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": parent["sha256"]})
+    sha256 = {entry: parent["sha256"] for entry, parent in parents.items()}
+    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": sha256})
 
 
 def _prove(
-    checkpoint: Checkpoint,
+    checkpoints: dict[str, Checkpoint],
+    composition: Composition,
     incomplete: Path,
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
@@ -122,41 +215,101 @@ def _prove(
     progress: bool,
 ) -> dict[str, Any]:
     """Measure the parity of what was written; fail if the method is exact and the files are not."""
+    checkpoint = checkpoints[BASE]
     layers = find_family(checkpoint.config).layers
-    parity = measure_parity(
-        Side(dense_class(checkpoint.config), checkpoint, layers),
-        Side(target_class(plan.target, find_head(checkpoint.config)), Checkpoint(incomplete), layers),
+    dense = Side(dense_class(checkpoint.config), checkpoint, layers)
+    result = Side(plan.model_class, Checkpoint(incomplete), layers)
+    if recipe.experts and recipe.verify != "full":
+        parity = describe_sample(sample, checkpoint.config)
+    else:
+        parity = measure_parity(dense, result, plan, sample, whole_model=recipe.verify == "full", progress=progress)
+    if recipe.experts:
+        parity["per_expert"] = measure_expert_parity(
+            checkpoints, result, plan, recipe, sample, rounded_from=composition.rounded_from, progress=progress
+        )
+    try:
+        if plan.exact:
+            check_parity(parity, incomplete)
+        if recipe.experts:
+            check_expert_parity(parity["per_expert"], recipe, composition.rounded_from, incomplete)
+    except UpcycleError:
+        writer.journal.unlink()  # never go on from files that failed
+        raise
+    return parity
+
+
+def _observe(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    plan: UpcyclePlan,
+    recipe: UpcycleConfig,
+    incomplete: Path,
+    progress: bool,
+) -> Observations:
+    """What the calibration text shows; an interrupted run left it on disk, so that the rest fits what is written."""
+    path = incomplete / OBSERVATIONS
+    if path.exists():
+        observations: Observations = {}
+        for name, tensor in load_file(path).items():
+            index, _, key = name.partition(".")
+            observations.setdefault(int(index), {})[key] = tensor
+        return observations
+    family = find_family(checkpoint.config)
+    model_class, dtype = dense_class(checkpoint.config), checkpoint.config.dtype
+    if recipe.method == "split" and recipe.split_by == "gradient":
+        if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            raise UpcycleError(
+                f"split_by='gradient' needs the loss of a causal language model, not of {model_class.__name__}."
+            )
+        model = model_class.from_pretrained(checkpoint.folder, dtype=dtype)
+    else:
+        model = streamed_model(Side(model_class, checkpoint, family.layers), checkpoint.config, dtype)
+    layers = layer_prefix(family, model)
+
+    def read_feed_forward(index: int) -> FeedForward:
+        names = family.feed_forward.tensors(f"{layers}{index}.", dict.fromkeys(checkpoint))
+        return family.feed_forward.read(f"{layers}{index}.", {name: checkpoint.read(name) for name in names})
+
+    observations = calibrate(
+        model,
+        calibration,
+        family,
         plan,
-        sample,
-        whole_model=recipe.verify == "full",
+        recipe,
+        read_feed_forward,
+        folder=incomplete / RIDGE_FOLDER,
         progress=progress,
     )
-    if plan.exact:
-        try:
-            check_parity(parity, incomplete)
-        except UpcycleError:
-            writer.journal.unlink()  # never go on from files that failed
-            raise
-    return parity
+    tensors = {f"{index}.{key}": tensor for index, found in observations.items() for key, tensor in found.items()}
+    save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+    return observations
 
 
 def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
     checkpoint: Checkpoint,
-    parent: dict[str, Any],
+    parents: dict[str, dict[str, Any]],
     parity: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    values, experts = recipe.to_dict(), {}
+    if recipe.experts:
+        # Where a folder lies on somebody's disk is of no use to readers of the card.
+        names = {entry: "@".join(filter(None, (of["name"], of["revision"]))) for entry, of in parents.items()}
+        values["experts"] = [entry if entry == BASE else names[entry] for entry in recipe.experts]
+        experts = {"experts": [parents[entry] for entry in recipe.experts]}
     return {
         "hf_moe_version": __version__,
-        "recipe": recipe.to_dict(),
+        "recipe": values,
         "paper": METHODS[recipe.method].paper,
         "parent": {
-            **parent,
+            **parents[BASE],
             "model_type": checkpoint.config.model_type,
             "num_parameters": plan.num_dense_parameters,
             "config": json.loads(checkpoint.config.to_json_string()),
         },
+        **experts,
         "result": {
             "model_type": plan.model_type,
             "architecture": plan.architecture,

@@ -7,12 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, assert_close, dense_model, moe_model, save_tokenizer
+from conftest import (
+    CORE_FAMILIES,
+    FAMILIES,
+    UNGATED_FAMILIES,
+    assert_close,
+    dense_class,
+    dense_model,
+    moe_model,
+    save_tokenizer,
+)
 from small_moes import assert_same_bits, change_json, change_tensors, load, logits, save_moe, tensors
 from transformers import AutoTokenizer
 
 from hf_moe import UpcycleConfig, collapse, expand_experts, prune_experts, upcycle, upcycle_model
 from hf_moe.editing.dense_parent import names_on_disk
+from hf_moe.upcycling import families
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.feed_forward import FeedForward, FeedForwardNames
 
@@ -51,18 +61,28 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("target", ["native", "hf_moe"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_collapsing_gives_every_family_back_to_the_bit(family, target, tied, tmp_path):
-    source = save_dense(tmp_path / "dense", family, tie_word_embeddings=tied)
-    upcycle(source, tmp_path / "moe", recipe(target=target), progress=False)
+HEADS = {"bert": "ForMaskedLM", "vit": "ForImageClassification"}
+TIED = ("bert", "gemma2", "gpt2", "granite")
+CASES = [
+    (family, target.native, tied)
+    for family in [*FAMILIES, *UNGATED_FAMILIES]
+    for target in (families.FAMILIES[family].target, *families.FAMILIES[family].native_targets)
+    for tied in ((True, False) if family in CORE_FAMILIES else (family in TIED,))
+]
+
+
+@pytest.mark.parametrize(("family", "native", "tied"), CASES)
+def test_collapsing_gives_every_family_back_to_the_bit(family, native, tied, tmp_path):
+    head = HEADS.get(family, "ForCausalLM")
+    source = save_dense(tmp_path / "dense", family, head=head, tie_word_embeddings=tied)
+    upcycle(source, tmp_path / "moe", recipe(target="native" if native else "hf_moe"), progress=False)
     report = collapse(tmp_path / "moe", tmp_path / "back", progress=False)
     assert_same_model(source, tmp_path / "back")
-    assert type(load(tmp_path / "back")).__name__ == f"{FAMILIES[family]}ForCausalLM"
+    model = dense_class(family, head).from_pretrained(tmp_path / "back")
     assert report.exact
     assert (report.num_experts, report.num_experts_per_tok) == (None, None)
-    assert report.num_parameters == report.num_active_parameters == load(source).num_parameters()
-    assert ("lm_head.weight" in tensors(tmp_path / "back")) != tied
+    assert report.num_parameters == report.num_active_parameters == model.num_parameters()
+    assert not tied or not any("lm_head" in name for name in tensors(tmp_path / "back"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -154,9 +174,9 @@ def test_other_heads(head, target, tmp_path):
 
 
 @pytest.mark.parametrize(("target", "method"), [("native", "copy"), ("hf_moe", "residual")])
-def test_without_provenance(family, target, method, tmp_path):
-    window = {"mistral": {"sliding_window": 8}, "llama": {"tie_word_embeddings": True}}.get(family, {})
-    dense = dense_model(family, dtype=torch.bfloat16, **window)
+def test_without_provenance(core_family, target, method, tmp_path):
+    window = {"mistral": {"sliding_window": 8}, "llama": {"tie_word_embeddings": True}}.get(core_family, {})
+    dense = dense_model(core_family, dtype=torch.bfloat16, **window)
     dense.save_pretrained(tmp_path / "dense")
     upcycle_model(dense, recipe(method=method, target=target)).save_pretrained(tmp_path / "moe")
     assert not (tmp_path / "moe" / "hf_moe.json").exists()

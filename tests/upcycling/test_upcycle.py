@@ -3,6 +3,7 @@
 
 import dataclasses
 import filecmp
+import itertools
 import json
 import shutil
 import signal
@@ -13,7 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, assert_close, cast, dense_config, dense_model, moe_model, randomize, save_tokenizer
+from conftest import (
+    CORE_FAMILIES,
+    FAMILIES,
+    assert_close,
+    cast,
+    dense_config,
+    dense_model,
+    moe_model,
+    randomize,
+    save_tokenizer,
+)
 from huggingface_hub.utils import WeakFileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +67,9 @@ def assert_same_folder(one: Path, other: Path) -> None:
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
-@pytest.mark.parametrize("target", ["native", "hf_moe"])
+@pytest.mark.parametrize(
+    ("family", "target"), [*((family, "hf_moe") for family in FAMILIES), *((family, "native") for family in NATIVE)]
+)
 @torch.no_grad()
 def test_copy_is_exact(family, target, tmp_path):
     source = save_dense(tmp_path / "dense", family)
@@ -79,11 +92,13 @@ def test_copy_is_exact(family, target, tmp_path):
 @torch.no_grad()
 def test_residual_is_exact_to_the_bit(family, tmp_path):
     source = save_dense(tmp_path / "dense", family)
-    report = upcycle(source, tmp_path / "moe", recipe(method="residual"))
+    report = upcycle(source, tmp_path / "moe", recipe(method="residual", target="hf_moe"))
     assert report.model_type == f"moe_{family}"
-    assert report.max_relative_error == 0.0
+    # Phi-3 computes gate and up in one product, which rounds differently from two.
+    bound = 1e-6 if family == "phi3" else 0.0
+    assert report.max_relative_error <= bound
     model = load(tmp_path / "moe")
-    assert torch.equal(model(ids()).logits, load(source)(ids()).logits)
+    assert_close(model(ids()).logits, load(source)(ids()).logits, bound)
     assert model.model.layers[0].mlp.experts.down_proj.abs().max() == 0
 
 
@@ -101,7 +116,13 @@ def test_residual_learns(tmp_path):
     assert gradients[1][0] > 0
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        *((family, "grouped_mm") for family in FAMILIES),
+        *itertools.product(CORE_FAMILIES, ("batched_mm", "eager")),
+    ],
+)
 @torch.no_grad()
 def test_copy_is_bit_exact_in_bfloat16(family, implementation, tmp_path):
     source = save_dense(tmp_path / "dense", family, dtype=torch.bfloat16)
@@ -122,8 +143,13 @@ def test_weights_keep_their_type(dtype, tmp_path):
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("method", ["copy", "residual"])
-@pytest.mark.parametrize("target", ["auto", "hf_moe"])
+@pytest.mark.parametrize(
+    ("family", "method", "target"),
+    [
+        *((family, "copy", "hf_moe") for family in FAMILIES),
+        *itertools.product(CORE_FAMILIES, ("copy", "residual"), ("auto",)),
+    ],
+)
 def test_in_memory_equals_streamed(family, method, target, tmp_path):
     dense = dense_model(family, dtype=torch.bfloat16)
     dense.save_pretrained(tmp_path / "dense")
@@ -158,20 +184,11 @@ def test_seed_changes_the_router_only():
     assert changed == {f"model.layers.{index}.mlp.gate.weight" for index in range(3)}
 
 
-@torch.no_grad()
-def test_router_logits_have_the_std_asked_for(family):
-    dense = dense_model(family, hidden_size=256)
-    for std in (0.3, 1.0):
-        moe = upcycle_model(dense, recipe(num_experts=64, router_logit_std=std, target="hf_moe"))
-        logits = moe(ids(), output_router_logits=True).router_logits
-        assert 0.8 * std < torch.stack(logits).std() < 1.2 * std
-
-
-def test_native_checkpoints_have_per_expert_keys(family, tmp_path):
-    upcycle(save_dense(tmp_path / "dense", family), tmp_path / "moe", recipe(target="native"))
+def test_native_checkpoints_have_per_expert_keys(core_family, tmp_path):
+    upcycle(save_dense(tmp_path / "dense", core_family), tmp_path / "moe", recipe(target="native"))
     with safe_open(tmp_path / "moe" / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
-    expert = "block_sparse_moe.experts.3.w2" if NATIVE[family] == "Mixtral" else "mlp.experts.3.down_proj"
+    expert = "block_sparse_moe.experts.3.w2" if NATIVE[core_family] == "Mixtral" else "mlp.experts.3.down_proj"
     assert f"model.layers.2.{expert}.weight" in names
     assert not any("gate_up_proj" in name for name in names)
     # The same names as transformers writes.
@@ -604,7 +621,7 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         case "unknown":
             config["model_type"] = "no_such_model"
         case "other family":
-            config = transformers.GPT2Config().to_dict()
+            config = transformers.BloomConfig().to_dict()
         case "moe":
             config = transformers.MixtralConfig().to_dict()
         case "quantized":
@@ -636,7 +653,7 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         ("unknown", "no_such_model"),
         (
             "other family",
-            "model_type 'gpt2' cannot be upcycled yet. Supported are \\['llama', 'mistral', 'qwen2', 'qwen3'\\]",
+            "model_type 'bloom' cannot be upcycled yet. Supported are \\['bert', .*'llama', 'mistral'",
         ),
         ("moe", "is a mixture of experts already \\(model_type 'mixtral', num_.*experts=8\\)"),
         ("quantized", "quantization_config"),
