@@ -66,10 +66,10 @@ TINY = {
 # hidden_size / heads where the family lets it differ.
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 4.0}
 TINY_OF_FAMILY = {
-    "bert": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
+    "bert": {"tie_word_embeddings": True, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
     "gemma2": {**GEMMA, **ALTERNATING},
     "gemma3_text": {**GEMMA, **ALTERNATING, "rope_parameters": ROPE_PER_LAYER_TYPE},
-    "gpt2": {"n_inner": 48, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "gpt2": {"tie_word_embeddings": True, "n_inner": 48, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
     "gpt_neox": {
         "hidden_dropout": 0.2,
         "attention_dropout": 0.2,

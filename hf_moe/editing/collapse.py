@@ -5,20 +5,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..upcycling.convert import Step
 from ..upcycling.errors import UpcycleError
-from ..upcycling.families import Family
-from ..upcycling.feed_forward import FeedForward
+from ..upcycling.feed_forward import FeedForward, FeedForwardNames
 from ..upcycling.layouts import Piece
 from ..upcycling.methods import inexact_because
 from ..upcycling.output import OutputFolder
-from ..upcycling.recipe import UpcycleConfig
 from ..upcycling.targets import layer_prefix
 from .dense_feed_forward import COLLAPSES, SparseView, is_silent
 from .dense_parent import DenseParent, find_parent, names_on_disk
-from .edit import Edit, EditReport, copy_step, write_edit
+from .edit import Edit, EditReport, write_edit
 from .moe_checkpoint import MoeCheckpoint
 
 
@@ -81,7 +79,7 @@ def collapse(
     output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
     parent = find_parent(moe)
-    views = {index: SparseView(moe, index, parent.recipe or UpcycleConfig(), expert) for index in moe.blocks}
+    views = {index: SparseView(moe, index, parent, expert) for index in moe.blocks}
     method = _find_method(parent, views)
     _check_expert(method, expert, views)
     model, config = parent.model(moe, COLLAPSES[method].size(next(iter(views.values()))))
@@ -91,7 +89,7 @@ def collapse(
         details={"method": method},
         config=config,
         model_class=type(model),
-        steps=_dense_steps(moe, parent.family, model, views, COLLAPSES[method].build),
+        steps=_dense_steps(moe, parent, model, config, views, COLLAPSES[method].build),
         inexact_because=_inexact_because(moe, parent, method, views),
         top_k=None,
     )
@@ -104,7 +102,7 @@ def _find_method(parent: DenseParent, views: dict[int, SparseView]) -> str:
         shared = [view.shared_expert for view in views.values()]
         if all(expert is None or is_silent(expert) for expert in shared):
             return "copy"
-        if any(view.moe.has_shared_expert_gate(view.block) for view in views.values()):
+        if parent.target.shared_expert is not None and parent.target.shared_expert.gate is not None:
             raise UpcycleError(
                 "The shared expert is scaled by a gate, which no dense feed-forward has, so there is no dense model to go "
                 "back to."
@@ -137,55 +135,66 @@ def _check_expert(method: str, expert: str | int, views: dict[int, SparseView]) 
 
 def _dense_steps(
     moe: MoeCheckpoint,
-    family: Family,
+    parent: DenseParent,
     model: PreTrainedModel,
+    config: PreTrainedConfig,
     views: dict[int, SparseView],
     build: Callable[[SparseView], FeedForward],
 ) -> list[Step]:
     """The steps that write the dense model, in the order of its tensors and by the names that it has on disk."""
     state_dict, on_disk = model.state_dict(), names_on_disk(model)
-    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-    layers = layer_prefix(family, model)
-    layer_of = {
-        name: index for index in views for name in family.feed_forward.tensors(f"{layers}{index}.", state_dict)
-    }
+    layers, feed_forward = layer_prefix(parent.family, model), parent.family.feed_forward
+    layer_of = {name: index for index in views for name in feed_forward.tensors(f"{layers}{index}.", state_dict)}
     steps, seen = [], set()
     for name, tensor in state_dict.items():
-        if name in tied:
+        if name in model.all_tied_weights_keys:
             continue
         if name not in layer_of:
-            if name not in moe.name_on_disk or moe.info(name)[1] != tuple(tensor.shape):
-                there = moe.info(name)[1] if name in moe.name_on_disk else "nothing"
-                raise UpcycleError(
-                    f"{type(model).__name__} needs {name!r} with shape {tuple(tensor.shape)}, but the mixture of experts has "
-                    f"{there}: it cannot go back to this class."
-                )
-            steps.append(copy_step(moe, moe.name_on_disk[name], on_disk[name]))
+            parts = [part for part, _ in parent.target.rows_of(name, config)]
+            steps.append(_joining_step(moe, parts, on_disk[name], tuple(tensor.shape)))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            names = [other for other, layer in layer_of.items() if layer == index]
-            steps.append(
-                _feed_forward_step(family, f"{layers}{index}.", views[index], build, names, state_dict, on_disk)
-            )
+            layer = f"{layers}{index}."
+            shapes = {other: tuple(state_dict[other].shape) for other in feed_forward.tensors(layer, state_dict)}
+            steps.append(_feed_forward_step(feed_forward, layer, views[index], build, shapes, on_disk))
     return steps
 
 
+def _joining_step(moe: MoeCheckpoint, parts: list[str], new_name: str, shape: tuple[int, ...]) -> Step:
+    """The step that writes a dense tensor, which the mixture of experts may keep in several parts, one below the other."""
+    there = {part: moe.info(part) for part in parts if part in moe.name_on_disk}
+    rows = sum(info[1][0] for info in there.values())
+    if len(there) < len(parts) or any((rows, *info[1][1:]) != shape for info in there.values()):
+        raise UpcycleError(
+            f"The dense model needs {new_name!r} with shape {shape}, but the mixture of experts has "
+            f"{ {part: info[1] for part, info in there.items()} or None }: it cannot go back to this class."
+        )
+
+    def pieces() -> Iterator[Piece]:
+        offset = 0
+        for part in parts:
+            tensor = moe.checkpoint.read(moe.name_on_disk[part])
+            yield Piece(new_name, offset, tensor)
+            offset += tensor.numel()
+
+    return Step(new_name, {new_name: (there[parts[0]][0], shape)}, pieces)
+
+
 def _feed_forward_step(
-    family: Family,
+    names: FeedForwardNames,
     layer: str,
     view: SparseView,
     build: Callable[[SparseView], FeedForward],
-    names: list[str],
-    state_dict: dict[str, torch.Tensor],
+    shapes: dict[str, tuple[int, ...]],
     on_disk: dict[str, str],
 ) -> Step:
     dtype = view.moe.dtype_of(view.block)
 
     def pieces() -> Iterator[Piece]:
-        tensors = family.feed_forward.write(layer, build(view))
-        return (Piece(on_disk[name], 0, tensors[name]) for name in names)
+        for name, parts in names.write(layer, build(view)):
+            yield Piece(on_disk[name], 0, torch.cat(parts))
 
-    return Step(layer, {on_disk[name]: (dtype, tuple(state_dict[name].shape)) for name in names}, pieces)
+    return Step(layer, {on_disk[name]: (dtype, shape) for name, shape in shapes.items()}, pieces)
 
 
 def _inexact_because(moe: MoeCheckpoint, parent: DenseParent, method: str, views: dict[int, SparseView]) -> str | None:
@@ -194,8 +203,6 @@ def _inexact_because(moe: MoeCheckpoint, parent: DenseParent, method: str, views
         is_gated = next(iter(moe.blocks.values())).expert.is_gated
         if (reason := inexact_because(parent.recipe, moe.config.dtype, is_gated)) is not None:
             return reason
-        if parent.edited and not moe.normalizes:
+        if parent.edited and not next(iter(views.values())).normalizes:
             return "experts were added or removed, and the weights of the chosen ones do not sum to 1"
-    if not moe.has_softmax_router and method != "residual":
-        return f"the weights of the router ({moe.router_type}) are not known to sum to 1"
     return next((reason for view in views.values() if (reason := COLLAPSES[method].inexact_because(view))), None)

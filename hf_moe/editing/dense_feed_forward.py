@@ -16,6 +16,7 @@ from ..upcycling.feed_forward import FeedForward, LayerContext
 from ..upcycling.methods import scale_output
 from ..upcycling.partition import partition_neurons
 from ..upcycling.recipe import UpcycleConfig
+from .dense_parent import DenseParent
 from .merge import equal, weighted_mean
 from .moe_checkpoint import MoeCheckpoint
 from .sparse_block import SparseBlock
@@ -28,14 +29,24 @@ class SparseView:
 
     Args:
         moe (`MoeCheckpoint`), index (`int`): The layer.
-        recipe (`UpcycleConfig`): How its experts were made.
+        parent (`DenseParent`): The dense model that it goes back to.
         expert (`str` or `int`): `"mean"`, or the expert that was asked for.
     """
 
     moe: MoeCheckpoint
     index: int
-    recipe: UpcycleConfig
+    parent: DenseParent
     expert: str | int
+
+    @property
+    def recipe(self) -> UpcycleConfig:
+        """How the experts were made, the default if that is not known."""
+        return self.parent.recipe or UpcycleConfig()
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the weights of the chosen experts sum to 1."""
+        return self.parent.target.normalizes or self.moe.config.norm_topk_prob
 
     @property
     def block(self) -> SparseBlock:
@@ -58,14 +69,11 @@ class SparseView:
     @property
     def shared_expert(self) -> FeedForward | None:
         """The shared expert, if there is one."""
-        names = self.moe.shared_expert_names(self.block)
-        if not names:
+        shared, moe, layer = self.parent.target.shared_expert, self.moe, self.block.layer
+        names = [] if shared is None else shared.names.tensors(layer, moe.name_on_disk)
+        if shared is None or not names:
             return None
-        tensors = {local: self.moe.checkpoint.read(self.moe.name_on_disk[name]) for local, name in names.items()}
-        return FeedForward(
-            *(tensors.get(f"{projection}_proj.weight") for projection in ("gate", "up", "down")),
-            *(tensors.get(f"{projection}_proj.bias") for projection in ("gate", "up", "down")),
-        )
+        return shared.names.read(layer, {name: moe.checkpoint.read(moe.name_on_disk[name]) for name in names})
 
     @property
     def needed_shared_expert(self) -> FeedForward:
@@ -81,7 +89,7 @@ class SparseView:
     @property
     def rows(self) -> torch.Tensor:
         """The weight of the router `(E, H)`."""
-        return self.moe.read_rows(self.block)["weight"]
+        return self.moe.router_weight(self.block)
 
     @property
     def missing_weight(self) -> float:
@@ -139,7 +147,7 @@ def is_silent(expert: FeedForward) -> bool:
 
 
 def _copies_differ(view: SparseView) -> str | None:
-    if not view.moe.normalizes and view.rows.any():
+    if not view.normalizes and view.rows.any():
         return "the weights of the chosen experts do not sum to 1"
     if not view.all_equal():
         return f"the experts of layer {view.index} differ"

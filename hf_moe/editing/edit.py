@@ -20,6 +20,7 @@ from ..upcycling.convert import Step
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import Piece
+from ..upcycling.legacy_config import add_legacy_keys
 from ..upcycling.output import OutputFolder, write_model_files, write_provenance
 from ..upcycling.parity import FLOAT32_BOUND, sample_of
 from ..upcycling.targets import meta_model
@@ -126,35 +127,39 @@ def edit_steps(moe: MoeCheckpoint, layers: dict[int, EditedLayer]) -> list[Step]
     layer_of: dict[str, int] = {}
     for index in layers:
         block = moe.blocks[index]
-        names = [*moe.expert_tensors(block), *(moe.name_on_disk[name] for name in block.rows.values())]
+        names = [*moe.expert_tensors(block), *(moe.name_on_disk[rows.name] for rows in block.rows.values())]
         layer_of |= dict.fromkeys(names, index)
     steps, seen = [], set()
     for name in moe.checkpoint:
         if name not in layer_of:
-            steps.append(copy_step(moe, name, name))
+            steps.append(_copy_step(moe, name))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
             steps.append(_layer_step(moe, moe.blocks[index], layers[index]))
     return steps
 
 
-def copy_step(moe: MoeCheckpoint, name: str, new_name: str) -> Step:
-    """The step that copies the tensor `name` of the source."""
-    info = moe.checkpoint.dtype_and_shape(name)
-    return Step(new_name, {new_name: info}, lambda: iter([Piece(new_name, 0, moe.checkpoint.read(name))]))
+def _copy_step(moe: MoeCheckpoint, name: str) -> Step:
+    return Step(
+        name,
+        {name: moe.checkpoint.dtype_and_shape(name)},
+        lambda: iter([Piece(name, 0, moe.checkpoint.read(name))]),
+    )
 
 
 def _layer_step(moe: MoeCheckpoint, block: SparseBlock, layer: EditedLayer) -> Step:
     dtype = moe.dtype_of(block)
     shapes = moe.layout.shapes(block.layer, layer.num_experts, block.expert)
     tensors = {name: (dtype, shape) for name, shape in shapes.items()}
-    for name in block.rows.values():
-        row_dtype, shape = moe.info(name)
-        tensors[moe.name_on_disk[name]] = (row_dtype, (layer.num_experts, *shape[1:]))
+    for rows in block.rows.values():
+        row_dtype, shape = moe.info(rows.name)
+        new_shape = (*shape[: rows.dimension], layer.num_experts, *shape[rows.dimension + 1 :])
+        tensors[moe.name_on_disk[rows.name]] = (row_dtype, new_shape)
 
     def pieces() -> Iterator[Piece]:
         for local, value in moe.read_rows(block).items():
-            yield Piece(moe.name_on_disk[block.rows[local]], 0, layer.rows(local, value))
+            rows = block.rows[local]
+            yield Piece(moe.name_on_disk[rows.name], 0, layer.rows(local, value).movedim(0, rows.dimension))
         for index in range(layer.num_experts):
             yield from moe.layout.pieces(block.layer, index, layer.expert(index))
 
@@ -178,6 +183,7 @@ def write_edit(
     """
     started = time.perf_counter()
     checkpoint, model = moe.checkpoint, meta_model(edit.model_class, edit.config)
+    result = _describe(model, edit.config, edit.top_k)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
     sample = sample_of(checkpoint) if verify else None
     parent = {
@@ -192,6 +198,8 @@ def write_edit(
         writer = output.open(edit.steps, checkpoint, fingerprint, max_shard_size)
         output.write_weights(writer, edit.steps, progress, edit.operation.capitalize())
         write_model_files(incomplete, model, edit.config, checkpoint, checkpoint)
+        if result["native"] and edit.top_k is not None:
+            add_legacy_keys(incomplete / "config.json", edit.config)
         measured = None
         if sample is not None:
             target = None if edit.top_k is None else moe.target
@@ -208,7 +216,6 @@ def write_edit(
                     f"{measured['float32']['max_relative_error']:.1e}, where {edit.operation!r} should be exact here. The files "
                     f"are left in {incomplete} for inspection; delete that folder to try again. Please report this."
                 )
-        result = _describe(model, edit.config, edit.top_k)
         provenance = {
             "hf_moe_version": __version__,
             **asked,

@@ -153,6 +153,6 @@ def _inexact_because(
         return "the experts have different numbers of copies (statistics)"
     if not moe.has_softmax_router:
         return f"the router ({moe.router_type}) is not known to share a weight out among copies"
-    if tied := [i for i, block in moe.blocks.items() if has_equal_rows(moe.read_rows(block)["weight"])]:
+    if tied := [i for i, block in moe.blocks.items() if has_equal_rows(moe.router_weight(block))]:
         return f"rows of the router are equal in layers {tied}, so that chance decides between experts"
     return None

@@ -247,7 +247,7 @@ def _fitting(moe: MoeCheckpoint, block: SparseBlock) -> dict[str, Any]:
         "has_bias": block.expert.down_bias is not None,
         "dtype": str(moe.dtype_of(block)).removeprefix("torch."),
         "router_type": moe.router_type,
-        "router": {local: list(moe.info(name)[1][1:]) for local, name in block.rows.items()},
+        "router": {local: list(rows.shape[1:]) for local, rows in block.rows.items()},
     }
 
 
@@ -276,9 +276,8 @@ def _check_tensors(moe: MoeCheckpoint, added: ExpertFile, index: int) -> None:
         for name, tensor in block.expert._asdict().items()
         if tensor is not None
     }
-    for local, name in block.rows.items():
-        row_dtype, shape = moe.info(name)
-        expected[f"layers.{index}.router.{local}"] = (row_dtype, shape[1:])
+    for local, rows in block.rows.items():
+        expected[f"layers.{index}.router.{local}"] = (moe.info(rows.name)[0], rows.shape[1:])
     for name, info in expected.items():
         tensor = added.tensors.get(name)
         there = None if tensor is None else (tensor.dtype, tuple(tensor.shape))

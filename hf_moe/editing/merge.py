@@ -215,7 +215,7 @@ def _inexact_because(moe: MoeCheckpoint, groups: dict[int, list[list[int]]], top
         return f"the router ({moe.router_type}) is not known to share a weight out among copies"
     for index, layer in groups.items():
         block = moe.blocks[index]
-        rows = moe.read_rows(block)["weight"]
+        rows = moe.router_weight(block)
         if has_equal_rows(rows[[members[0] for members in layer]]):
             return f"rows of the router in layer {index} are equal, so that chance decides between experts"
         if any(not torch.equal(rows[members[0]], rows[member]) for members in layer for member in members):

@@ -20,9 +20,9 @@ from ..training.recorder import TOP_K_FIELDS
 from ..upcycling.checkpoint import Checkpoint
 from ..upcycling.convert import TensorInfo, in_memory_names
 from ..upcycling.errors import UpcycleError
-from ..upcycling.families import Target
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import FusedLayout, PerExpertLayout
+from ..upcycling.target import Target
 from ..upcycling.targets import meta_model
 from .sparse_block import SparseBlock, feed_forward_of, find_blocks
 
@@ -121,8 +121,15 @@ class MoeCheckpoint:
         return self.checkpoint.dtype_and_shape(self.name_on_disk[name])
 
     def read_rows(self, block: SparseBlock) -> dict[str, torch.Tensor]:
-        """The tensors with one row per expert, by their names within the router."""
-        return {local: self.checkpoint.read(self.name_on_disk[name]) for local, name in block.rows.items()}
+        """The tensors with one row per expert, by their names within the router, the experts in the first dimension."""
+        return {
+            local: self.checkpoint.read(self.name_on_disk[rows.name]).movedim(rows.dimension, 0)
+            for local, rows in block.rows.items()
+        }
+
+    def router_weight(self, block: SparseBlock) -> torch.Tensor:
+        """What the router multiplies the hidden state with, `(E, H)`."""
+        return self.read_rows(block)[block.weight]
 
     def read_expert(self, block: SparseBlock, index: int) -> FeedForward:
         """
@@ -149,19 +156,6 @@ class MoeCheckpoint:
         if index is not None and not torch.isfinite(tensor).all():
             raise UpcycleError(f"Tensor {name!r} holds NaN or infinite values. Repair the checkpoint first.")
         return tensor
-
-    def shared_expert_names(self, block: SparseBlock) -> dict[str, str]:
-        """The tensors of the shared expert, by their names within it: their names in memory; empty if there is none."""
-        found = {}
-        for name in self.model.state_dict():
-            match = re.fullmatch(rf"{re.escape(block.experts.removesuffix('experts'))}shared_experts?\.(.+)", name)
-            if match:
-                found[match[1]] = name
-        return found
-
-    def has_shared_expert_gate(self, block: SparseBlock) -> bool:
-        """Whether a gate scales the shared expert."""
-        return f"{block.experts.removesuffix('experts')}shared_expert_gate.weight" in self.model.state_dict()
 
     def expert_tensors(self, block: SparseBlock) -> dict[str, tuple[int, ...]]:
         """Names on disk and shapes of the tensors that hold the routed experts of a layer."""
@@ -227,7 +221,7 @@ class MoeCheckpoint:
         except (StrictDataclassError, ValueError) as error:
             raise UpcycleError(f"{type(config).__name__} cannot hold the result: {error}") from error
         blocks = find_blocks(model)
-        rows = {name for block in self.blocks.values() for name in block.rows.values()}
+        rows = {rows.name for block in self.blocks.values() for rows in block.rows.values()}
         before, after = self.model.state_dict(), model.state_dict()
         changed = [
             name
@@ -274,7 +268,7 @@ class MoeCheckpoint:
     def _check_names(self) -> None:
         """Every tensor of the class is on disk in its shape, and nothing else is."""
         experts = tuple(f"{block.experts}." for block in self.blocks.values())
-        tied = self.model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
+        tied = self.model.all_tied_weights_keys
         expected: dict[str, tuple[int, ...]] = {}
         for name, tensor in self.model.state_dict().items():
             if name not in tied and not name.startswith(experts):

@@ -3,6 +3,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,14 @@ from ..training.recorder import find_routers
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import FusedExpert
+
+
+class Rows(NamedTuple):
+    """A tensor with one row per expert: its name in memory, the dimension of the experts, and its shape with that first."""
+
+    name: str
+    dimension: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -24,8 +33,8 @@ class SparseBlock:
         num_experts (`int`): Their number.
         expert (`FeedForward`): One of them without values.
         router (`str`): Name of the router's module in memory.
-        rows (`dict[str, str]`): Tensors with one row per expert, the router's weight and what stands beside it, by their
-            names within the router: their names in memory.
+        rows (`dict[str, Rows]`): The router's tensors with one row per expert, its weight and what stands beside it, by
+            their names within the router.
     """
 
     layer: str
@@ -33,7 +42,13 @@ class SparseBlock:
     num_experts: int
     expert: FeedForward
     router: str
-    rows: dict[str, str]
+    rows: dict[str, Rows]
+
+    @property
+    def weight(self) -> str:
+        """Which of `rows` multiplies the hidden state."""
+        hidden_size = self.expert.hidden_size
+        return next(name for name, rows in self.rows.items() if rows.shape[1:] == (hidden_size,))
 
 
 def find_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
@@ -72,23 +87,28 @@ def find_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
         router = next((router for router in routers if router.startswith(f"{block}.")), None)
         if router is None:
             raise UpcycleError(f"{name_of_class} has no router in {block!r}.")
-        rows = {tensor.removeprefix(f"{router}."): tensor for tensor in state_dict if tensor.startswith(f"{router}.")}
-        if wrong := {
-            tensor: tuple(state_dict[tensor].shape)
-            for tensor in rows.values()
-            if state_dict[tensor].shape[:1] != (num_experts,)
-        }:
-            raise UpcycleError(
-                f"The router of {name_of_class} holds more than one row per expert: {wrong}. hf_moe cannot edit it."
-            )
-        beside = {tensor.removeprefix(f"{block}."): tensor for tensor in state_dict if tensor.startswith(f"{block}.")}
-        rows |= {
-            local: tensor
-            for local, tensor in beside.items()
-            if "." not in local and state_dict[tensor].shape[:1] == (num_experts,)
-        }
+        rows = {}
+        for tensor, value in state_dict.items():
+            local = tensor.removeprefix(f"{router}.") if tensor.startswith(f"{router}.") else None
+            found = _find_rows(tensor, tuple(value.shape), num_experts)
+            if local is not None and found is None:
+                raise UpcycleError(
+                    f"The router of {name_of_class} holds more than one row per expert: {tensor!r} has shape "
+                    f"{tuple(value.shape)}, and there are {num_experts} experts. hf_moe cannot edit it."
+                )
+            if local is None and tensor.rpartition(".")[0] == block and found is not None:
+                local = tensor.removeprefix(f"{block}.")
+            if local is not None and found is not None:
+                rows[local] = found
         blocks[int(match[2])] = SparseBlock(match[1], name, num_experts, _meta_expert(module), router, rows)
     return blocks
+
+
+def _find_rows(name: str, shape: tuple[int, ...], num_experts: int) -> Rows | None:
+    for dimension in (0, len(shape) - 1):
+        if shape and shape[dimension] == num_experts:
+            return Rows(name, dimension, (num_experts, *shape[:dimension], *shape[dimension + 1 :]))
+    return None
 
 
 def _meta_expert(module: torch.nn.Module) -> FeedForward:

@@ -110,7 +110,9 @@ def composed_config(
 
 def _fields_with_effect(config: PreTrainedConfig) -> list[str]:
     declared = [field.name for field in dataclasses.fields(config)]
-    fields = [*declared, *FAMILIES[config.model_type].target.extra_fields]
+    family = FAMILIES[config.model_type]
+    targets = [family.target] if family.target is not None else family.native_targets
+    fields = [*declared, *(field for target in targets for field in target.extra_fields)]
     without_effect = {field for field in fields if "drop" in field} | WITHOUT_EFFECT
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]  # some have one per type of layer

@@ -18,12 +18,13 @@ from transformers.utils import logging
 
 from .errors import UpcycleError
 from .families import Family
-from .feed_forward import FeedForward, LayerContext, SparseLayer
+from .feed_forward import FeedForward, LayerContext
 from .layouts import FusedLayout, PerExpertLayout, Piece
 from .methods import build_sparse_layer
 from .plan import UpcyclePlan
 from .recipe import UpcycleConfig
 from .router_init import build_router
+from .target import RowsOf, SharedExpert
 from .targets import backbone_prefix, dense_class, find_family, layer_prefix, meta_model
 
 
@@ -97,15 +98,15 @@ def plan_steps(
     steps, seen = [], set()
     for name in names:
         if name not in layer_of:
-            steps.append(_copy_step(name, dense))
+            steps.append(_copy_step(name, dense, plan.target.rows_of(name, dense_config)))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            layer = f"{layers}{index}."
+            layer, backbone = f"{layers}{index}.", backbone_prefix(model)
             composed = _composed(layer, family, experts) if experts else None
             context = LayerContext(
                 recipe, index, plan.experts_in_layer[index], observations.get(index, {}), composed=composed
             )
-            steps.append(_SparseStep(layer, dense, family, plan, context, layout, backbone_prefix(model)).step())
+            steps.append(_SparseStep(layer, dense, dense_config, family, plan, context, layout, backbone).step())
     return steps
 
 
@@ -118,8 +119,19 @@ def _composed(layer: str, family: Family, experts: Sequence[DenseTensors]) -> Ca
     return read
 
 
-def _copy_step(name: str, dense: DenseTensors) -> Step:
-    return Step(name, {name: dense.info[name]}, lambda: iter([Piece(name, 0, dense.read(name))]))
+def _copy_step(name: str, dense: DenseTensors, rows_of: RowsOf) -> Step:
+    dtype, shape = dense.info[name]
+    tensors = {
+        new_name: (dtype, shape if rows is None else (len(range(shape[0])[rows]), *shape[1:]))
+        for new_name, rows in rows_of
+    }
+
+    def pieces() -> Iterator[Piece]:
+        tensor = dense.read(name)
+        for new_name, rows in rows_of:
+            yield Piece(new_name, 0, tensor if rows is None else tensor[rows])
+
+    return Step(name, tensors, pieces)
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,7 @@ class _SparseStep:
 
     layer: str
     dense: DenseTensors
+    dense_config: PreTrainedConfig
     family: Family
     plan: UpcyclePlan
     context: LayerContext
@@ -145,58 +158,66 @@ class _SparseStep:
         shapes = self._shapes({name: torch.empty(self.dense.info[name][1], device="meta") for name in names})
         return Step(
             f"{self.layer}{self.layout.block}",
-            {name: (dtype, shape) for name, shape in shapes.items()},
+            {name: (self._dtype(name, dtype), shape) for name, shape in shapes.items()},
             lambda: self._pieces({name: self.dense.read(name) for name in names}, dtype),
         )
 
+    @property
+    def _router(self) -> str:
+        return f"{self.layer}{self.layout.block}.{self.layout.router}"
+
+    def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if name.removeprefix(self.layer) in self.plan.target.float32 else dtype
+
+    def _added(self) -> dict[str, torch.Tensor]:
+        if self.plan.target.added is None:
+            return {}
+        return self.plan.target.added(self.layer, self.dense_config, self.context.num_experts)
+
     def _shapes(self, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-        dense, sizes = self.family.feed_forward.read(self.layer, tensors), self.plan.sizes
-        num_experts, block = self.context.num_experts, f"{self.layer}{self.layout.block}"
-        table: dict[str, tuple[int, ...]] = {f"{block}.{self.layout.router}": (num_experts, dense.hidden_size)}
-        table.update(self.layout.shapes(self.layer, num_experts, dense.take(slice(0, sizes.expert))))
-        shared = self._shared_expert_size()
-        if shared is not None:
-            table.update({name: tuple(tensor.shape) for name, tensor in self._named(dense.take(slice(0, shared)))})
-        if self.plan.target.shared_expert == "gated":
-            table[f"{block}.shared_expert_gate.weight"] = (1, dense.hidden_size)
-        return table
+        dense, num_experts = self.family.feed_forward.read(self.layer, tensors), self.context.num_experts
+        table: dict[str, tuple[int, ...]] = {self._router: (num_experts, dense.hidden_size)}
+        table.update(self.layout.shapes(self.layer, num_experts, dense.take(slice(0, self.plan.sizes.expert))))
+        shared = self.plan.target.shared_expert
+        if shared is not None and (size := shared.size(self.plan.sizes)) is not None:
+            for name, parts in shared.names.write(self.layer, dense.take(slice(0, size))):
+                table[name] = (sum(len(part) for part in parts), *parts[0].shape[1:])
+            if shared.gate is not None:
+                table[f"{self.layer}{shared.gate}.weight"] = (1, dense.hidden_size)
+        return table | {name: tuple(tensor.shape) for name, tensor in self._added().items()}
 
     def _pieces(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[Piece]:
         dense = self.family.feed_forward.read(self.layer, tensors)
-        sparse, block = self._build(dense), f"{self.layer}{self.layout.block}"
+        sparse = build_sparse_layer(dense, self.context)
         router_input = self.family.router_input(self._read_backbone, self._layer_in_backbone, self.context.layer_index)
         router = build_router(router_input, self.plan.sizes.experts_per_copy, self.context)
-        yield Piece(f"{block}.{self.layout.router}", 0, router.to(dtype))
+        yield Piece(self._router, 0, router.to(self._dtype(self._router, dtype)))
         for expert_index in range(self.context.num_experts):
             yield from self.layout.pieces(self.layer, expert_index, sparse.expert(expert_index))
-        if sparse.shared_expert is not None:
-            for name, tensor in self._named(sparse.shared_expert):
-                yield Piece(name, 0, tensor)
-        if self.plan.target.shared_expert == "gated":
+        if self.plan.target.shared_expert is not None:
+            yield from self._shared_expert_pieces(dense, sparse.shared_expert, self.plan.target.shared_expert)
+        for name, tensor in self._added().items():
+            yield Piece(name, 0, tensor.to(self._dtype(name, dtype)))
+
+    def _shared_expert_pieces(
+        self, dense: FeedForward, tensors: FeedForward | None, shared: SharedExpert
+    ) -> Iterator[Piece]:
+        size = shared.size(self.plan.sizes)
+        if size is None:
+            return
+        if tensors is None:
+            # The class insists on a shared expert: one that adds nothing.
+            tensors = dense.take(slice(0, size)).silent()
+        for name, parts in shared.names.write(self.layer, tensors):
+            offset = 0
+            for part in parts:
+                yield Piece(name, offset, part)
+                offset += part.numel()
+        if shared.gate is not None:
             # Never exactly zero: llama.cpp computes the sigmoid as silu(x) / x.
             gate = torch.randn(1, dense.hidden_size, generator=self.context.generator(0, "shared_expert_gate"))
             gate = gate * self.plan.config.initializer_range
-            yield Piece(f"{block}.shared_expert_gate.weight", 0, gate.to(dtype))
-
-    def _build(self, dense: FeedForward) -> SparseLayer:
-        sparse = build_sparse_layer(dense, self.context)
-        if self.plan.target.shared_expert == "gated":
-            # The class insists on a shared expert: one that adds nothing.
-            return sparse._replace(shared_expert=dense.take(slice(0, self._shared_expert_size())).silent())
-        return sparse
-
-    def _shared_expert_size(self) -> int | None:
-        if self.plan.target.shared_expert == "gated":
-            return self.plan.config.shared_expert_intermediate_size
-        return self.plan.sizes.shared_expert
-
-    def _named(self, shared_expert: FeedForward) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of the shared expert by name: `gate_proj.weight`, `gate_proj.bias`, ..."""
-        for field, tensor in zip(FeedForward._fields, shared_expert, strict=True):
-            if tensor is not None:
-                module, kind = field.split("_")
-                kind = "weight" if kind == "proj" else kind
-                yield f"{self.layer}{self.layout.block}.shared_expert.{module}_proj.{kind}", tensor
+            yield Piece(f"{self.layer}{shared.gate}.weight", 0, gate.to(dense.up_proj.dtype))
 
     @property
     def _layer_in_backbone(self) -> str:

@@ -12,14 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    MistralConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import PreTrainedConfig
 
 from ..models.configuration_moe_bert import MoeBertConfig
 from ..models.configuration_moe_gemma2 import MoeGemma2Config
@@ -38,48 +31,32 @@ from ..models.configuration_moe_smollm3 import MoeSmolLM3Config
 from ..models.configuration_moe_stablelm import MoeStableLmConfig
 from ..models.configuration_moe_vit import MoeViTConfig
 from .feed_forward import FeedForwardNames
-from .layouts import FusedLayout, PerExpertLayout
+from .granite_targets import (
+    GRANITE_MOE,
+    GRANITE_MOE_OF_LLAMA,
+    GRANITE_MOE_SHARED,
+    GRANITE_MOE_SHARED_OF_LLAMA,
+    GRANITE_MOE_SHARED_OF_MISTRAL,
+    GRANITE_MOE_SWA_OF_SMOLLM3,
+)
+from .layouts import FusedLayout
+from .native_targets import (
+    COHERE2_MOE,
+    ERNIE4_5_MOE,
+    FLEX_OLMO,
+    GLM4_MOE_OF_PHI3,
+    GLM4_MOE_OF_QWEN2,
+    GLM4_MOE_OF_QWEN3,
+    HUNYUAN_V1_MOE,
+    MELLUM,
+    MIXTRAL,
+    MIXTRAL_OF_PHI3,
+    QWEN2_MOE,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+)
 from .router_init import RouterInput
-
-
-@dataclass(frozen=True)
-class Target:
-    """
-    A class that can hold the result.
-
-    Args:
-        config_class (`type`): Its configuration.
-        layout: Names and arrangement of a sparse layer's tensors on disk.
-        prefix (`str`): What the names of its model classes start with, e.g. `"Mixtral"`.
-        block (`str`): What a layer in memory calls its sparse block; on disk the layout says so.
-        native (`bool`): Whether it belongs to transformers.
-        neutral (`dict[str, Any]`): Dense fields for which the class has no place, with the value that changes nothing.
-        ignored (`tuple[str, ...]`): Dense fields for which it has no place and needs none.
-        extra_fields (`tuple[str, ...]`): Fields the class reads although its configuration does not declare them.
-        num_experts_field (`str`): Name of the field that holds the number of experts.
-        expert_size_field (`str`): Name of the field that holds the intermediate size of one expert.
-        dense_layers (`bool`): Whether some layers can stay dense.
-        shared_expert (`str`): `"none"`, `"optional"`, or `"gated"` if there always is one behind a sigmoid gate.
-        mixed_layers (`bool`): Whether its layers can have different numbers of experts.
-        biased_experts (`bool`): Whether its experts can have biases.
-        refuses (`Callable`, *optional*): A further condition on the dense configuration; returns the reason or None.
-    """
-
-    config_class: type[PreTrainedConfig]
-    layout: FusedLayout | PerExpertLayout
-    prefix: str
-    block: str = "mlp"
-    native: bool = False
-    neutral: dict[str, Any] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-    extra_fields: tuple[str, ...] = ()
-    num_experts_field: str = "num_experts"
-    expert_size_field: str = "moe_intermediate_size"
-    dense_layers: bool = True
-    shared_expert: str = "optional"
-    mixed_layers: bool = False
-    biased_experts: bool = False
-    refuses: Callable[[Any], str | None] | None = None
+from .target import SharedExpert, Target, listed_by_type, shared_expert_names
 
 
 LLAMA_FEED_FORWARD = FeedForwardNames(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
@@ -92,7 +69,7 @@ class Family:
 
     Args:
         prefix (`str`): What the names of its model classes start with, e.g. `"Llama"`.
-        target (`Target`): The class of hf_moe.
+        target (`Target`, *optional*): The class of hf_moe, if there is one.
         native_targets (`tuple[Target, ...]`): Classes of transformers, best first.
         heads (`dict[str, str]`): What the dense classes' names end in, where that is not what ours end in.
         layers (`str`): Where the backbone keeps its layers.
@@ -104,7 +81,7 @@ class Family:
     """
 
     prefix: str
-    target: Target
+    target: Target | None
     native_targets: tuple[Target, ...] = ()
     heads: Mapping[str, str] = field(default_factory=dict)
     layers: str = "layers"
@@ -175,55 +152,24 @@ def _own_target(config_class: type[PreTrainedConfig], *extra_fields: str) -> Tar
         FusedLayout(),
         prefix,
         extra_fields=("head_dim", "layer_types", *extra_fields),
+        dense_layers=listed_by_type,
+        shared_expert=SharedExpert(shared_expert_names("mlp.shared_expert"), "shared_expert_intermediate_size"),
         mixed_layers=True,
         biased_experts=True,
     )
 
 
-def _layer_types_refused(config: MistralConfig) -> str | None:
-    layer_types = getattr(config, "layer_types", None)
-    return None if not layer_types else f"layer_types={layer_types} (Mixtral has one attention type for all layers)"
-
-
-def _partial_window_refused(config: Qwen3Config) -> str | None:
-    if config.sliding_window is None or set(config.layer_types) == {"sliding_attention"}:
-        return None
-    return "layer_types mixes full and sliding attention (Qwen3-MoE has one attention type for all layers)"
-
-
-MIXTRAL = Target(
-    MixtralConfig,
-    PerExpertLayout("block_sparse_moe", "w1", "w3", "w2"),
-    "Mixtral",
-    native=True,
-    neutral={"attention_bias": False, "mlp_bias": False},
-    ignored=("pretraining_tp",),
-    num_experts_field="num_local_experts",
-    expert_size_field="intermediate_size",
-    dense_layers=False,
-    shared_expert="none",
-    refuses=_layer_types_refused,
-)
-QWEN2_MOE = Target(
-    Qwen2MoeConfig,
-    PerExpertLayout("mlp", "gate_proj", "up_proj", "down_proj"),
-    "Qwen2Moe",
-    native=True,
-    extra_fields=("head_dim",),
-    shared_expert="gated",
-)
-QWEN3_MOE = Target(
-    Qwen3MoeConfig,
-    PerExpertLayout("mlp", "gate_proj", "up_proj", "down_proj"),
-    "Qwen3Moe",
-    native=True,
-    ignored=("max_window_layers", "layer_types"),  # `refuses` sees to it that all layers have one attention type
-    extra_fields=("head_dim",),
-    shared_expert="none",
-    refuses=_partial_window_refused,
-)
-
 FAMILIES: dict[str, Family] = {
+    "bert": Family(
+        "Bert",
+        _own_target(MoeBertConfig),
+        layers="encoder.layer",
+        feed_forward=FeedForwardNames(up="intermediate.dense", down="output.dense"),
+        router_input=after_norm("attention.output.LayerNorm"),
+        once_per_sequence={"Model": ("pooler",), "ForSequenceClassification": ("bert.pooler", "classifier")},
+    ),
+    "cohere2": Family("Cohere2", None, (COHERE2_MOE,), router_input=after_norm("input_layernorm")),
+    "ernie4_5": Family("Ernie4_5", None, (ERNIE4_5_MOE,)),
     "gemma2": Family(
         "Gemma2",
         _own_target(MoeGemma2Config),
@@ -234,15 +180,6 @@ FAMILIES: dict[str, Family] = {
         _own_target(MoeGemma3TextConfig),
         heads={"Model": "TextModel", "ForSequenceClassification": "TextForSequenceClassification"},
         router_input=after_norm("pre_feedforward_layernorm", offset=1.0),
-    ),
-    "granite": Family("Granite", _own_target(MoeGraniteConfig)),
-    "bert": Family(
-        "Bert",
-        _own_target(MoeBertConfig),
-        layers="encoder.layer",
-        feed_forward=FeedForwardNames(up="intermediate.dense", down="output.dense"),
-        router_input=after_norm("attention.output.LayerNorm"),
-        once_per_sequence={"Model": ("pooler",), "ForSequenceClassification": ("bert.pooler", "classifier")},
     ),
     "gpt2": Family(
         "GPT2",
@@ -257,18 +194,30 @@ FAMILIES: dict[str, Family] = {
         _own_target(MoeGPTNeoXConfig),
         feed_forward=FeedForwardNames(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
     ),
-    "llama": Family("Llama", _own_target(MoeLlamaConfig), (MIXTRAL,)),
-    "mistral": Family("Mistral", _own_target(MoeMistralConfig), (MIXTRAL,)),
-    "olmo2": Family("Olmo2", _own_target(MoeOlmo2Config), router_input=OLMO_ROUTER_INPUT),
+    "granite": Family("Granite", _own_target(MoeGraniteConfig), (GRANITE_MOE, GRANITE_MOE_SHARED)),
+    "hunyuan_v1_dense": Family("HunYuanDenseV1", None, (HUNYUAN_V1_MOE,)),
+    "llama": Family(
+        "Llama", _own_target(MoeLlamaConfig), (MIXTRAL, GRANITE_MOE_OF_LLAMA, GRANITE_MOE_SHARED_OF_LLAMA)
+    ),
+    "mistral": Family("Mistral", _own_target(MoeMistralConfig), (MIXTRAL, GRANITE_MOE_SHARED_OF_MISTRAL)),
+    "olmo2": Family("Olmo2", _own_target(MoeOlmo2Config), (FLEX_OLMO,), router_input=OLMO_ROUTER_INPUT),
     "olmo3": Family("Olmo3", _own_target(MoeOlmo3Config), router_input=OLMO_ROUTER_INPUT),
     "phi3": Family(
         "Phi3",
         _own_target(MoePhi3Config),
+        (MIXTRAL_OF_PHI3, GLM4_MOE_OF_PHI3),
         feed_forward=FeedForwardNames(up="mlp.gate_up_proj", down="mlp.down_proj", fused=True),
     ),
-    "qwen2": Family("Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE,)),
-    "qwen3": Family("Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE,)),
-    "smollm3": Family("SmolLM3", _own_target(MoeSmolLM3Config)),
+    "qwen2": Family("Qwen2", _own_target(MoeQwen2Config), (QWEN2_MOE, GLM4_MOE_OF_QWEN2)),
+    "qwen3": Family("Qwen3", _own_target(MoeQwen3Config), (QWEN3_MOE, MELLUM, GLM4_MOE_OF_QWEN3)),
+    "qwen3_5_text": Family(
+        "Qwen3_5",
+        None,
+        (QWEN3_5_MOE,),
+        heads={"Model": "TextModel"},
+        router_input=after_norm("post_attention_layernorm", offset=1.0),
+    ),
+    "smollm3": Family("SmolLM3", _own_target(MoeSmolLM3Config), (GRANITE_MOE_SWA_OF_SMOLLM3,)),
     "stablelm": Family(
         "StableLm",
         _own_target(MoeStableLmConfig),

@@ -7,7 +7,7 @@ Shapes: H hidden size, I intermediate size, the number of neurons; gate and up a
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -179,22 +179,13 @@ class FeedForwardNames:
             gate, gate_bias = weight(self.gate), tensors.get(f"{layer}{self.gate}.bias")
         return FeedForward(gate, up, weight(self.down), gate_bias, up_bias, tensors.get(f"{layer}{self.down}.bias"))
 
-    def write(self, layer: str, feed_forward: FeedForward) -> dict[str, torch.Tensor]:
-        """The tensors of a layer by their full names, the inverse of [`read`]."""
-
-        def weight(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.T if self.transposed else tensor
-
-        gate, up, down, gate_bias, up_bias, down_bias = feed_forward
-        if self.fused:
-            up = torch.cat([gate, up])
-            up_bias = None if up_bias is None else torch.cat([gate_bias, up_bias])
-        tensors = {
-            f"{self.up}.weight": weight(up),
-            f"{self.up}.bias": up_bias,
-            f"{self.down}.weight": weight(down),
-            f"{self.down}.bias": down_bias,
-        }
-        if self.gate is not None:
-            tensors |= {f"{self.gate}.weight": weight(gate), f"{self.gate}.bias": gate_bias}
-        return {f"{layer}{name}": tensor for name, tensor in tensors.items() if tensor is not None}
+    def write(self, layer: str, feed_forward: FeedForward) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """The reverse of [`read`]: every tensor's full name, and the parts whose rows it holds one after the other."""
+        for suffix, gate, up, down in (("weight", *feed_forward[:3]), ("bias", *feed_forward[3:])):
+            fused = [(self.up, [gate, up])] if self.fused else [(self.gate, [gate]), (self.up, [up])]
+            for module, tensors in [*fused, (self.down, [down])]:
+                parts = [tensor for tensor in tensors if tensor is not None]
+                if self.transposed and suffix == "weight":
+                    parts = [part.T.contiguous() for part in parts]
+                if parts:
+                    yield f"{layer}{module}.{suffix}", parts

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .calibration import Observations, calibrate, needs_calibration, read_calibration
 from .checkpoint import is_finite
 from .compose import BASE
-from .convert import DenseTensors, plan_steps
+from .convert import DenseTensors, in_memory_names, plan_steps
 from .errors import UpcycleError
 from .layouts import FusedLayout
 from .parents import Parent, about_expert, compose_parents
@@ -90,18 +90,21 @@ def upcycle_model(
             lambda index: family.feed_forward.read(f"{layers}{index}.", model.state_dict()),
         )
 
+    attention = model.config._attn_implementation
+    if attention == "sdpa" and not plan.model_class._supports_sdpa:
+        attention = "eager"
     with no_init_weights(), torch.device(model.device):
-        result = plan.model_class._from_config(
-            plan.config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
-    parameters = dict(result.named_parameters())
-    layout = FusedLayout(plan.target.block)
+        result = plan.model_class._from_config(plan.config, dtype=model.dtype, attn_implementation=attention)
+    layout = FusedLayout(plan.target.block, router=plan.target.layout.router)
     steps = plan_steps(composition.dense, composition.config, plan, recipe, layout, observations, composition.experts)
+    name_in_memory = in_memory_names([name for step in steps for name in step.tensors], result)
+    tensors = result.state_dict(keep_vars=True)
     for step in steps:
         for name, (dtype, _) in step.tensors.items():
-            parameters[name].data = parameters[name].data.to(dtype)
+            tensor = tensors[name_in_memory[name]]
+            tensor.data = tensor.data.to(dtype)
         for piece in step.pieces():
-            target = parameters[piece.name].data.view(-1)
+            target = tensors[name_in_memory[piece.name]].data.view(-1)
             target[piece.offset : piece.offset + piece.tensor.numel()].copy_(piece.tensor.reshape(-1))
     result.tie_weights()
     if model.can_generate():

@@ -27,10 +27,11 @@ from .calibration import read_text
 from .checkpoint import Checkpoint, load_tokenizer
 from .convert import in_memory_names
 from .errors import UpcycleError
-from .families import Target
+from .feed_forward import LayerSizes
 from .layouts import FusedExpert, FusedLayout, PerExpertLayout
 from .plan import UpcyclePlan
 from .recipe import UpcycleConfig
+from .target import Target
 from .targets import find_family
 
 
@@ -232,17 +233,17 @@ def compare(
         layers = _layers(model, result)
         errors: dict[str, float] = {}
         for index in plan.experts_in_layer:
-            block = layers[index].get_submodule(plan.target.block)
+            blocks = [layers[index].get_submodule(name) for name in _sparse_modules(plan.target, plan.sizes)]
             block_input, block_output = captured.pop(index)
-            block.experts.num_counted = sample.num_tokens
+            blocks[0].experts.num_counted = sample.num_tokens
             if plan.exact:
-                block.experts.experts_per_copy = plan.sizes.experts_per_copy
-                block.experts.deal_from = sample.num_tokens if whole_model else 0
-            block.experts.forced_experts = forced_experts
+                blocks[0].experts.experts_per_copy = plan.sizes.experts_per_copy
+                blocks[0].experts.deal_from = sample.num_tokens if whole_model else 0
+            blocks[0].experts.forced_experts = forced_experts
             if whole_model:
-                _compare_on_the_way(block, block_input, block_output, errors, index)
+                _compare_on_the_way(blocks, block_input, block_output, errors, index)
             else:
-                errors[str(index)] = _relative_error(block(block_input), block_output)
+                errors[str(index)] = _relative_error(sum(block(block_input) for block in blocks), block_output)
                 bar.update()
         measured: dict[str, Any] = {"layers": errors}
         if whole_model:
@@ -279,21 +280,35 @@ def _advance_with(layer: torch.nn.Module, bar: tqdm) -> None:
     layer.register_forward_hook(advance)
 
 
+def _sparse_modules(target: Target, sizes: LayerSizes) -> list[str]:
+    """The modules of a layer whose outputs add up to that of the dense feed-forward: the block, and what stands beside it."""
+    shared = target.shared_expert
+    if shared is None or shared.size(sizes) is None or shared.names.up.startswith(f"{target.block}."):
+        return [target.block]
+    return [target.block, shared.names.up.rpartition(".")[0]]
+
+
 def _compare_on_the_way(
-    block: torch.nn.Module, block_input: torch.Tensor, expected: torch.Tensor, errors: dict[str, float], index: int
+    blocks: list[torch.nn.Module],
+    block_input: torch.Tensor,
+    expected: torch.Tensor,
+    errors: dict[str, float],
+    index: int,
 ) -> None:
-    """Let the whole model's pass carry the block's own comparison along as more sequences: each expert is read once."""
-    count = len(block_input)
+    """Let the whole model's pass carry the blocks' own comparison along as more sequences: each expert is read once."""
+    count, total = len(block_input), torch.zeros_like(expected)
 
     def add_sequences(module, args):
         return (torch.cat([args[0], block_input]),)
 
     def take_sequences(module, args, output):
-        errors[str(index)] = _relative_error(output[count:], expected)
+        total.add_(output[count:])
+        errors[str(index)] = _relative_error(total, expected)  # right once the last block has added its part
         return output[:count]
 
-    block.register_forward_pre_hook(add_sequences)
-    block.register_forward_hook(take_sequences)
+    for block in blocks:
+        block.register_forward_pre_hook(add_sequences)
+        block.register_forward_hook(take_sequences)
 
 
 def compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
@@ -328,23 +343,25 @@ def _layers(model: PreTrainedModel, side: Side) -> torch.nn.ModuleList:
 
 
 class _Tensors(Mapping):
-    """The tensors of a checkpoint by their names in memory, in one data type, read when asked for."""
+    """The tensors of a checkpoint by their names in memory, in one data type or that of the model, read when asked for."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, model: PreTrainedModel):
         self.checkpoint, self.dtype = checkpoint, dtype
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         names = in_memory_names(list(checkpoint), model)
         self.name_on_disk = {in_memory: on_disk for on_disk, in_memory in names.items()}
         tied = model.all_tied_weights_keys
         self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.on_disk(self.name_on_disk[name], None)
+        return self._read(self.name_on_disk[name]).to(self.dtypes[name])
 
     def on_disk(self, name: str, row: int | None) -> torch.Tensor:
-        """A tensor, or one row of it, by its name on disk."""
-        if row is not None:
-            return self.checkpoint.read_row(name, row).to(self.dtype)
-        return self.checkpoint.read(name, check_finite=False).to(self.dtype)
+        """An expert's tensor, or one row of it, by its name on disk."""
+        return (self._read(name) if row is None else self.checkpoint.read_row(name, row)).to(self.dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name, check_finite=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.name_on_disk)

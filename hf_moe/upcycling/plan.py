@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .checkpoint import read_config
 from .compose import check_experts, composed_config, read_expert_configs
 from .errors import UpcycleError
-from .families import Family, Target
+from .families import Family
 from .feed_forward import FeedForward, LayerSizes
 from .methods import METHODS, inexact_because
 from .recipe import UpcycleConfig
+from .target import Target
 from .targets import (
     build_config,
     choose_target,

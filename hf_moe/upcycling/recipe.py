@@ -58,8 +58,9 @@ class UpcycleConfig:
         expert_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of the noise that is added to every tensor of an expert, relative to that of the tensor.
         target (`str`, *optional*, defaults to `"auto"`):
-            Class of the result: `"native"` for a class of transformers (Mixtral, Qwen2-MoE, Qwen3-MoE), `"hf_moe"` for
-            the class of hf_moe, `"auto"` for the native class where it represents the result exactly, else ours.
+            Class of the result: `"native"` for a class of transformers (Mixtral, Qwen-MoE, Granite-MoE, GLM-4-MoE, ...),
+            `"hf_moe"` for the class of hf_moe, `"auto"` for a native class where one represents the result exactly and
+            is not the worse choice in other ways, else ours.
         layers (`list[int]` or `str`, *optional*):
             The layers to convert: indices, or a text of indices, ranges and slices, `"4,6,8-11"`, `"::2"` for every
             second layer, `":4"` for the first and `"-4:"` for the last four. All of them by default.

@@ -6,6 +6,7 @@ Choosing the class of the result, and writing its configuration.
 configuration over, or refuses with the name of the one it cannot carry.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -17,16 +18,16 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .errors import UpcycleError
-from .families import FAMILIES, Family, Target
+from .families import FAMILIES, Family
 from .feed_forward import FeedForward, LayerSizes
 from .recipe import UpcycleConfig, parse_layers
+from .target import Target
 
 
-# Width of the shared expert that Qwen2-MoE insists on, where the recipe has none: small, and a multiple of what
-# quantizers and tensor parallelism divide by.
-INERT_SHARED_EXPERT_SIZE = 128
+logger = logging.get_logger(__name__)
 
 
 def find_family(config: PreTrainedConfig) -> Family:
@@ -64,9 +65,8 @@ def find_family(config: PreTrainedConfig) -> Family:
 def find_head(config: PreTrainedConfig) -> str:
     """What the name of our model class ends in, e.g. `"ForCausalLM"`, from `config.architectures`."""
     family = FAMILIES[config.model_type]
-    heads = {
-        family.prefix + family.heads.get(head, head): head for head in family.target.config_class.auto_classes.values()
-    }
+    targets = family.target.config_class.auto_classes.values() if family.target else ("Model", "ForCausalLM")
+    heads = {family.prefix + family.heads.get(head, head): head for head in targets}
     default = family.prefix + family.heads.get("ForCausalLM", "ForCausalLM")
     architectures = config.architectures or [default if default in heads else next(iter(heads))]
     if len(architectures) != 1 or architectures[0] not in heads:
@@ -107,9 +107,17 @@ def backbone_prefix(model: PreTrainedModel) -> str:
 
 
 def target_class(target: Target, head: str) -> type[PreTrainedModel]:
-    """The model class of the result."""
+    """
+    The model class of the result.
+
+    Raises:
+        UpcycleError: if there is none for this head.
+    """
     modeling = importlib.import_module(target.config_class.__module__.replace(".configuration_", ".modeling_"))
-    return getattr(modeling, target.prefix + head)
+    name = target.prefix + target.heads.get(head, head)
+    if not hasattr(modeling, name):
+        raise UpcycleError(f"there is no class {name}")
+    return getattr(modeling, name)
 
 
 def choose_target(
@@ -123,27 +131,33 @@ def choose_target(
         sizes (`LayerSizes`): What the method makes of it.
 
     Raises:
-        UpcycleError: if `recipe.target` is `"native"` and no native class represents the result exactly.
+        UpcycleError: if no class that `recipe.target` allows represents the result exactly.
     """
     family = find_family(dense_config)
     if recipe.target == "hf_moe":
+        if family.target is None:
+            raise UpcycleError(
+                f"hf_moe has no class of its own for model_type {dense_config.model_type!r} (target='hf_moe'). Use "
+                "target='native' or target='auto'."
+            )
         return family.target
-    reasons = []
+    reasons = {}
     for target in family.native_targets:
         reason = _refusal(target, dense_config, recipe, dense, sizes)
-        if reason is None:
-            try:
-                build_config(target, dense_config, recipe, sizes)
-                return target
-            except UpcycleError as error:
-                reason = str(error)
-        reasons.append(f"{target.prefix}: {reason}")
-    if recipe.target == "native":
-        reasons = reasons or [f"transformers has no mixture of experts that computes what {family.prefix} does"]
-        raise UpcycleError(
-            f"No native class can hold the result. {'; '.join(reasons)}. Use target='hf_moe' or target='auto'."
-        )
-    return family.target
+        drawback = target.second_choice(dense_config) if reason is None and target.second_choice is not None else None
+        if reason is None and (drawback is None or recipe.target == "native" or family.target is None):
+            if drawback is not None:
+                logger.warning_once(f"{target.prefix} represents the result exactly, but {drawback}.")
+            return target
+        reasons[target.prefix] = reason or drawback
+    if recipe.target == "auto" and family.target is not None:
+        return family.target
+    advice = (
+        "Use target='hf_moe' or target='auto'." if family.target else "Change what is named, or add a class to hf_moe."
+    )
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    listed = listed or f"transformers has no mixture of experts that computes what {family.prefix} does"
+    raise UpcycleError(f"No native class can hold the result. {listed}. {advice}")
 
 
 def build_config(
@@ -156,7 +170,6 @@ def build_config(
         UpcycleError: if the class of the result does not accept it.
     """
     experts_in = find_sparse_layers(dense_config, recipe)
-    num_layers = dense_config.num_hidden_layers
     # A config.json may hold keys that its class does not declare and so ignores; the class of the result might not.
     read = {field.name for field in dataclasses.fields(dense_config)} | set(target.extra_fields)
     declared = {field.name for field in dataclasses.fields(target.config_class)} | set(target.extra_fields)
@@ -165,25 +178,25 @@ def build_config(
         for name, value in dense_config.to_dict().items()
         if name in read and name in declared and name not in ("architectures", "transformers_version")
     }
-    values.update(
-        {
-            target.num_experts_field: max(experts_in.values()),
-            target.expert_size_field: sizes.expert,
-            "num_experts_per_tok": recipe.num_experts_per_tok,
-            "router_aux_loss_coef": float(recipe.router_aux_loss_coef),
-        }
-    )
-    if not target.native:
-        values["norm_topk_prob"] = recipe.norm_topk_prob
-        values["shared_expert_intermediate_size"] = sizes.shared_expert
-        values["mlp_layer_types"] = ["sparse" if index in experts_in else "dense" for index in range(num_layers)]
-        if len(set(experts_in.values())) > 1:
-            values["num_experts_per_layer"] = [experts_in.get(index, 0) for index in range(num_layers)]
-    elif target.dense_layers:
-        values["norm_topk_prob"] = recipe.norm_topk_prob
-        values["mlp_only_layers"] = [index for index in range(num_layers) if index not in experts_in]
-    if target.shared_expert == "gated":
-        values["shared_expert_intermediate_size"] = min(INERT_SHARED_EXPERT_SIZE, sizes.expert)
+    values |= copy.deepcopy(target.config_values(dense_config))
+    values |= {
+        target.num_experts_field: max(experts_in.values()),
+        target.expert_size_field: sizes.expert,
+        "num_experts_per_tok": recipe.num_experts_per_tok,
+    }
+    for name, value in (
+        ("norm_topk_prob", recipe.norm_topk_prob),
+        ("router_aux_loss_coef", float(recipe.router_aux_loss_coef)),
+    ):
+        if name in declared:
+            values[name] = value
+    sparse = [index in experts_in for index in range(dense_config.num_hidden_layers)]
+    if target.dense_layers is not None:
+        values |= target.dense_layers(sparse) or {}
+    if len(set(experts_in.values())) > 1:
+        values["num_experts_per_layer"] = [experts_in.get(index, 0) for index in range(len(sparse))]
+    if target.shared_expert is not None:
+        values |= target.shared_expert.config_values(sizes)
     try:
         return target.config_class(**values)
     except StrictDataclassError as error:
@@ -228,15 +241,19 @@ def _refusal(
     experts_in = find_sparse_layers(dense_config, recipe)
     if len(set(experts_in.values())) > 1 and not target.mixed_layers:
         return f"all its layers have one number of experts (num_experts={recipe.num_experts} was asked for)"
-    if sizes.shared_expert is not None and target.shared_expert == "none":
-        return f"it has no shared expert, which method {recipe.method!r} needs"
-    if sizes.shared_expert is not None and target.shared_expert == "gated":
-        return (
-            f"its shared expert is scaled by a sigmoid gate, so method {recipe.method!r} would need a gate of exactly "
-            "zero, which other runtimes turn into NaN"
-        )
-    if not recipe.norm_topk_prob and not target.dense_layers:
+    if sizes.shared_expert is not None:
+        if target.shared_expert is None:
+            return f"it has no shared expert, which method {recipe.method!r} needs"
+        if (reason := target.shared_expert.refusal(sizes)) is not None:
+            return reason
+    if not recipe.norm_topk_prob and target.normalizes:
         return "it always divides the weights of the chosen experts by their sum (norm_topk_prob=False was asked for)"
-    if not target.dense_layers and len(experts_in) != dense_config.num_hidden_layers:
-        return "it cannot keep some layers dense (`layers` was given)"
+    sparse = [index in experts_in for index in range(dense_config.num_hidden_layers)]
+    if not all(sparse) and (target.dense_layers is None or target.dense_layers(sparse) is None):
+        return f"it cannot keep just these layers dense (`layers`={recipe.layers!r} was given)"
+    try:
+        target_class(target, find_head(dense_config))
+        build_config(target, dense_config, recipe, sizes)
+    except UpcycleError as error:
+        return str(error)
     return None

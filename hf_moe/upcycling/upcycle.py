@@ -24,6 +24,7 @@ from .convert import plan_steps
 from .errors import UpcycleError
 from .expert_parity import check_expert_parity, largest_error, measure_expert_parity
 from .feed_forward import FeedForward
+from .legacy_config import add_legacy_keys
 from .methods import METHODS
 from .output import OutputFolder, write_model_files, write_provenance
 from .parents import Composition, compose_parents, open_experts, open_parent
@@ -131,6 +132,8 @@ def upcycle(
         output.write_weights(writer, steps, progress)
         model = meta_model(plan.model_class, plan.config)
         write_model_files(incomplete, model, plan.config, checkpoint, checkpoints[composition.tokenizer])
+        if plan.native:
+            add_legacy_keys(incomplete / "config.json", plan.config)
         parity = None
         if sample is not None:
             parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)

@@ -124,7 +124,7 @@ def test_compose(dense, tmp_path):
         (["--layers", "a-b"], "4,6,8-11"),
         (["--layers", "7"], "layers 0 to 2"),
         (["--recipe", "missing.yml"], "There is no recipe file missing.yml"),
-        (["--target", "native", "--method", "residual"], "shared expert"),
+        (["--target", "native", "--method", "residual", "--layers", "0"], "shared expert"),
     ],
 )
 def test_errors_are_one_message_without_traceback(dense, arguments, message):

@@ -74,7 +74,7 @@ def load(folder, **arguments) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("target", ["native", "hf_moe"])
 @torch.no_grad()
 def test_each_expert_alone_is_its_parent(core_family, target, tmp_path):
-    base, code, law = make_core_family(tmp_path, core_family)
+    base, code, law = make_family(tmp_path, core_family)
     report = upcycle(base, tmp_path / "moe", recipe(code, law, "base", code, target=target))
     name = NATIVE[core_family] if target == "native" else f"Moe{FAMILIES[core_family]}"
     assert type(load(tmp_path / "moe")).__name__ == f"{name}ForCausalLM"

@@ -20,7 +20,8 @@ INTERMEDIATE = 384
 def dense_and_blocks(family: str, dtype: torch.dtype):
     """A dense model with weights of one type, and what went into and came out of each feed-forward in float32."""
     head, values = DEFAULT_HEADS.get(family, "ForCausalLM"), ACTIVATIONS.get(family, {})
-    dense = dense_model(family, head, intermediate_size=INTERMEDIATE, **values)
+    size = "n_inner" if family == "gpt2" else "intermediate_size"
+    dense = dense_model(family, head, **{size: INTERMEDIATE, **values})
     with_unit_pre_activations(dense)
     dense = cast(dense, dtype)
     computed = type(dense)(dense.config).eval()

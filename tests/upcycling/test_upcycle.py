@@ -103,7 +103,7 @@ def test_residual_is_exact_to_the_bit(family, tmp_path):
 
 
 def test_residual_learns(tmp_path):
-    moe = upcycle_model(dense_model("llama"), recipe(method="residual")).train()
+    moe = upcycle_model(dense_model("llama"), recipe(method="residual", target="hf_moe")).train()
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
     gradients = []
     for _ in range(2):
@@ -272,15 +272,15 @@ FIELDS = [
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0}}, "mixtral"),
     ("llama", {"head_dim": 24}, "mixtral"),
     ("llama", {"hidden_act": "gelu"}, "mixtral"),
-    ("llama", {"attention_bias": True}, "moe_llama"),
-    ("llama", {"attention_dropout": None, "rms_norm_eps": 1e-2}, "moe_llama"),
+    ("llama", {"attention_bias": True}, "granitemoe"),
+    ("llama", {"attention_dropout": None, "rms_norm_eps": 1e-2}, "granitemoe"),
     ("mistral", {"sliding_window": 8}, "mixtral"),
     ("mistral", {"sliding_window": None}, "mixtral"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "qwen2_moe"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "qwen2_moe"),
     ("qwen3", {"attention_bias": True}, "qwen3_moe"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "qwen3_moe"),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "moe_qwen3"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "mellum"),
 ]
 
 
@@ -314,10 +314,10 @@ def test_keys_that_the_dense_class_ignores_do_not_wake_up(tmp_path):
 @pytest.mark.parametrize(
     ("family", "values", "options", "field"),
     [
-        ("llama", {"attention_bias": True}, {}, "attention_bias=True"),
-        ("qwen3", FIELDS[-1][1], {}, "layer_types"),
-        ("llama", {}, {"method": "residual"}, "shared expert"),
-        ("qwen2", {}, {"method": "residual"}, "sigmoid gate"),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {}, "attention_bias=True"),
+        ("qwen3", FIELDS[-1][1], {"method": "residual"}, "layer_types"),
+        ("mistral", {"sliding_window": 8}, {"method": "residual"}, "shared expert"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, {"method": "residual"}, "sigmoid gate"),
         ("llama", {}, {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("llama", {}, {"layers": [0]}, "layers"),
     ],
