@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, dense_model, randomize, save_tokenizer
-from small_moes import NATIVE, change_json, change_tensors, load, save_moe
+from small_moes import NATIVE, change_json, change_tensors, load, save_moe, small_moe, tensors
 
 from hf_moe import expand_experts, prune_experts
 from hf_moe.editing.measure import Subject, measure
 from hf_moe.editing.moe_checkpoint import MoeCheckpoint
+from hf_moe.editing.sparse_block import find_blocks
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.layouts import FusedLayout, PerExpertLayout
 from hf_moe.upcycling.parity import Side, output_of, sample_of, streamed_model
@@ -84,9 +85,6 @@ def bad_source(kind: str, folder):
                 **TINY, num_local_experts=4, head_dim=8, layer_types=["full_attention"] * 3
             )
             save(folder, transformers.GptOssForCausalLM, config)
-        case "ernie":
-            config = transformers.Ernie4_5_MoeConfig(**TINY, moe_num_experts=4, moe_k=2, moe_intermediate_size=24)
-            save(folder, transformers.Ernie4_5_MoeForCausalLM, config)
         case "groups":
             save_moe(folder, "deepseek_v3", n_group=2, topk_group=1)
         case _:
@@ -123,7 +121,6 @@ def bad_source(kind: str, folder):
     [
         ("dense", "LlamaForCausalLM is no mixture of experts.*`upcycle` makes one"),
         ("gpt-oss", "computes its experts \\(GptOssExperts\\) in a way that hf_moe cannot edit"),
-        ("ernie", "router of Ernie4_5_MoeForCausalLM holds more than one row per expert.*e_score_correction_bias"),
         ("groups", "chooses among n_group=2 groups"),
         ("missing", "lacks 1 of the tensors.*experts.2.w3"),
         ("extra", "no place for 1 tensors.*model.layers.1.mlp.more"),
@@ -143,6 +140,24 @@ def test_bad_sources_are_refused(kind, message, tmp_path):
     with pytest.raises(UpcycleError, match=message):
         expand_experts(source, tmp_path / "more", progress=False)
     assert not (tmp_path / "more").exists()
+
+
+def test_a_router_with_more_than_rows_is_refused():
+    model = small_moe("mixtral")
+    model.model.layers[1].mlp.gate.register_buffer("scale", torch.ones(1))
+    with pytest.raises(UpcycleError, match="router of MixtralForCausalLM .*'model.layers.1.mlp.gate.scale' has shape"):
+        find_blocks(model)
+
+
+def test_rows_need_not_come_first(tmp_path):
+    values = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1}
+    config = transformers.Ernie4_5_MoeConfig(**TINY, **values, moe_num_shared_experts=0)
+    save(tmp_path / "moe", transformers.Ernie4_5_MoeForCausalLM, config)
+    name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    change_tensors(tmp_path / "moe", lambda found: found[name].copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]])))
+    prune_experts(tmp_path / "moe", tmp_path / "less", drop=[1], progress=False)
+    assert tensors(tmp_path / "less")[name].tolist() == [[1.0, 3.0, 4.0]]
+    assert load(tmp_path / "less").config.moe_num_experts == 3
 
 
 def test_layers_that_differ_need_our_class(tmp_path):
