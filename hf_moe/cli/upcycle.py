@@ -9,6 +9,9 @@ import typer
 import yaml
 from huggingface_hub.cli import out
 
+from .display import count as _count
+from .display import error as _error
+
 
 if TYPE_CHECKING:
     from ..upcycling.advice import Advice
@@ -183,16 +186,6 @@ def _routing(report: "UpcycleReport") -> dict[str, Any]:
     summary = report.routing.summary()
     dead = sum(len(layer.dead_experts) for layer in report.routing.layers.values())
     return {"routing_entropy": round(summary["entropy"], 3), "experts_without_token": dead}
-
-
-def _count(number: int) -> str | int:
-    """With separators for people, plain for programs."""
-    return f"{number:,}" if out.mode == "human" else number
-
-
-def _error(value: float | None) -> str | float | None:
-    """With two digits for people, in full for programs."""
-    return f"{value:.1e}" if out.mode == "human" and value is not None else value
 
 
 def _errors(values: dict[str, float] | None) -> str | dict[str, float] | None:

@@ -33,6 +33,7 @@ from .errors import UpcycleError
 
 logger = logging.get_logger(__name__)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SAFETENSORS_FILES = ("model*.safetensors", "model.safetensors.index.json")
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -103,11 +104,14 @@ class Checkpoint:
             )
         return tensor
 
-    def read_row(self, name: str, index: int) -> torch.Tensor:
-        """Row `index` of a tensor in a safetensors file, without reading the others."""
+    def read_row(self, name: str, index: int | slice | tuple[int | slice, ...]) -> torch.Tensor:
+        """Row `index` of a tensor, or the rows of a slice, without reading the others."""
+        path, on_disk = self.file_of[name], self._name_on_disk.get(name, name)
+        if path.suffix == ".bin":
+            return _load_bin(path)[on_disk][index].clone()
         # Plain reads would take in the whole tensor for one row; the map is dropped as soon as the row is copied.
-        with safe_open(self.file_of[name], framework="pt") as file:
-            return file.get_slice(self._name_on_disk.get(name, name))[index].clone()
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(on_disk)[index].clone()
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """
@@ -252,7 +256,7 @@ def _resolve(source: str, revision: str | None) -> tuple[Path, str | None]:
         return Path(source), None
     try:
         # No `*.safetensors`: `*` crosses folders, and repositories hold other formats of the same weights.
-        patterns = ["config.json", "README.md", "model*.safetensors", "model.safetensors.index.json", *AUXILIARY_FILES]
+        patterns = ["config.json", "README.md", "hf_moe.json", *SAFETENSORS_FILES, *AUXILIARY_FILES]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         if not (folder / WEIGHT_FILES[0]).exists() and not (folder / f"{WEIGHT_FILES[0]}.index.json").exists():
             patterns = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]

@@ -51,6 +51,11 @@ class Step:
     tensors: dict[str, TensorInfo]
     open: Callable[[], "OpenStep"]
 
+    @classmethod
+    def of(cls, name: str, tensors: dict[str, TensorInfo], pieces: Callable[[], Iterator[Piece]]) -> "Step":
+        """A step whose values all come from one place."""
+        return cls(name, tensors, lambda: OpenStep(pieces))
+
     def pieces(self) -> Iterator[Piece]:
         """All values, those of one expert after the other."""
         opened = self.open()
@@ -147,7 +152,7 @@ def _copy_step(name: str, dense: DenseTensors, rows_of: RowsOf) -> Step:
         for new_name, rows in rows_of:
             yield Piece(new_name, 0, tensor if rows is None else tensor[rows])
 
-    return Step(name, tensors, lambda: OpenStep(pieces))
+    return Step.of(name, tensors, pieces)
 
 
 @dataclass(frozen=True)

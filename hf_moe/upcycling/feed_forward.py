@@ -184,5 +184,8 @@ class FeedForwardNames:
         for suffix, gate, up, down in (("weight", *feed_forward[:3]), ("bias", *feed_forward[3:])):
             fused = [(self.up, [gate, up])] if self.fused else [(self.gate, [gate]), (self.up, [up])]
             for module, tensors in [*fused, (self.down, [down])]:
-                if parts := [tensor for tensor in tensors if tensor is not None]:
+                parts = [tensor for tensor in tensors if tensor is not None]
+                if self.transposed and suffix == "weight":
+                    parts = [part.T.contiguous() for part in parts]
+                if parts:
                     yield f"{layer}{module}.{suffix}", parts

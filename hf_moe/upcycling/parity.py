@@ -203,6 +203,7 @@ def _compare_on_the_way(
 
 
 def compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Largest relative error, share of the tokens with the same best output, and mean KL divergence in nats."""
     common = min(actual.shape[-1], expected.shape[-1])  # composed models may have different vocabularies
     actual, expected = actual[..., :common].float(), expected[..., :common].float()
     divergence = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)

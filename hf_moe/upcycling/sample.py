@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the dense model and the result are compared on: `draw_sample` takes text, or random tokens or images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,13 +52,23 @@ class Sample(NamedTuple):
 
 def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     """
-    A text in the dense model's own tokens; random ones with a warning if it has no tokenizer that works; random images
-    for a model that sees.
-
-    The text is the recipe's `calibration_text`, or our own. There are enough tokens to show which experts get none, and
-    they are longer than the sliding window where that is at most 1024.
+    What [`sample_of`] gives, of the recipe's `calibration_text` or our own, with enough tokens to show which experts get
+    none.
     """
     needed = max(NUM_TOKENS, TOKENS_PER_EXPERT * max(recipe.expert_counts) // recipe.num_experts_per_tok)
+    return sample_of(dense, needed, recipe.calibration_files)
+
+
+def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS, files: Sequence[str] = ()) -> Sample:
+    """
+    A text in the model's own tokens; random ones with a warning if it has no tokenizer that works; random images for a
+    model that sees.
+
+    Args:
+        needed (`int`, *optional*, defaults to 256): Number of tokens at least. They are more where the sliding window is at
+            most 1024, to be longer than it.
+        files (`Sequence[str]`, *optional*): Files with the text, each of which gives an equal share. Ours if there are none.
+    """
     generator = torch.Generator().manual_seed(0)
     if hasattr(dense.config, "image_size"):
         return _random_images(dense.config, needed, generator)
@@ -67,7 +78,7 @@ def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     rows = -(-needed // length)
     tokenizer = load_tokenizer(dense)
     if tokenizer is not None:
-        texts = [read_text(Path(file)) for file in recipe.calibration_files] or [TEXT]
+        texts = [read_text(Path(file)) for file in files] or [TEXT]
         share = -(-rows * length // len(texts))
         ids = [token for text in texts for token in _repeated(tokenizer(text, verbose=False)["input_ids"], share)]
         return Sample({"input_ids": torch.tensor(ids[: rows * length]).view(rows, length)}, rows * length, True)

@@ -96,6 +96,9 @@ def streamed_model(
                 module.read_expert = _expert_reader(tensors, target.layout, name, module)
                 module._parameters.clear()
                 module.num_counted, module.deal_from, module.forced_experts = 0, None, None
+    for name, buffer in model.named_buffers():
+        if name in tensors.name_on_disk:  # a selection bias, say; hooks bring parameters only
+            buffer.copy_(tensors[name])
     attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
     return model
 

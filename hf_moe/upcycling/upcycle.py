@@ -2,12 +2,8 @@
 """`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
 
 import dataclasses
-import errno
 import functools
 import json
-import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,19 +11,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from filelock import Timeout
 from huggingface_hub import CardData
-from huggingface_hub.utils import WeakFileLock, tqdm
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from ..hub.card import licence, read_parent_card, write_model_card
 from ..training.statistics import RoutingStatistics
 from ..version import __version__
 from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
-from .checkpoint import LICENCE_FILES, TOKENIZER_FILES, Checkpoint, load_tokenizer
+from .checkpoint import Checkpoint, load_tokenizer
 from .compose import BASE, parse_expert
 from .convert import Step, plan_steps
 from .errors import UpcycleError
@@ -36,6 +28,7 @@ from .feed_forward import FeedForward
 from .legacy_config import add_legacy_keys
 from .methods import METHODS
 from .noise import find_expert_noise
+from .output import OutputFolder, write_model_files, write_provenance
 from .parents import Composition, compose_parents, open_experts, open_parent
 from .parity import FLOAT32_BOUND, check_parity, measure_parity, summarize
 from .plan import UpcyclePlan, plan_upcycle
@@ -44,7 +37,7 @@ from .ridge import RIDGE_FOLDER
 from .sample import Sample, describe_sample, draw_sample
 from .streaming import Side, streamed_model
 from .targets import dense_class, find_family, layer_prefix, meta_model
-from .writer import JOURNAL, ShardWriter
+from .writer import ShardWriter
 
 
 logger = logging.get_logger(__name__)
@@ -97,10 +90,8 @@ def upcycle(
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
     plan_upcycle(source, recipe, revision=revision)
-    given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
-    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
     sources = [source, *(parse_expert(entry)[0] for entry in recipe.experts or [] if entry != BASE)]
-    _check_output(output_dir, incomplete, sources, overwrite)
+    output = OutputFolder(output_dir, sources, overwrite)
     checkpoint = Checkpoint(source, revision)
     base = open_parent(BASE, checkpoint)
     checkpoint.config.dtype = checkpoint.main_dtype()
@@ -129,48 +120,31 @@ def upcycle(
     cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
     described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
 
-    incomplete.mkdir(parents=True, exist_ok=True)
-    lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
-    try:
-        with WeakFileLock(lock, timeout=0.1):
-            if overwrite and (incomplete / JOURNAL).exists():
-                shutil.rmtree(incomplete)
-                incomplete.mkdir()
-            writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, described))
-            _check_space(incomplete, writer.total_bytes, checkpoint)
-            if calibration is not None:
-                found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
-                for index, tensors in found.items():
-                    observations[index].update(tensors)
-            expert_noise = float(recipe.expert_noise)
-            if recipe.max_kl is not None:
-                dense = Side(dense_class(checkpoint.config), checkpoint, find_family(checkpoint.config).layers)
-                expert_noise = _find_noise(incomplete, dense, plan, recipe, sample, steps_for, progress)
-                steps = steps_for(dataclasses.replace(recipe, expert_noise=expert_noise, max_kl=None))
-            _write_weights(writer, steps, progress)
-            _write_other_files(incomplete, checkpoint, checkpoints[composition.tokenizer], plan)
-            parity = None
-            if recipe.verify != "none":
-                parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
-            provenance = _provenance(recipe, plan, checkpoint, described, parity)
-            provenance["expert_noise"] = expert_noise
-            text = json.dumps(_without_infinities(provenance), indent=2, allow_nan=False)
-            (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
-            write_model_card(incomplete, provenance, cards[BASE])
-            _publish(incomplete, output_dir, overwrite)
-            lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise UpcycleError(
-            f"Another process is writing {output_dir}. Wait for it, or choose another folder."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise UpcycleError(
-            f"Writing to {incomplete} failed: {error.strerror}. The weights of the result take "
-            f"{sum(step.num_bytes for step in steps):,} bytes. Make room and run the same command again: it goes on where it "
-            "stopped."
-        ) from error
+    with output.locked() as incomplete:
+        writer = output.open(steps, checkpoint, _fingerprint(recipe, described), max_shard_size)
+        if calibration is not None:
+            found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
+            for index, tensors in found.items():
+                observations[index].update(tensors)
+        expert_noise = float(recipe.expert_noise)
+        if recipe.max_kl is not None:
+            side = Side(dense_class(checkpoint.config), checkpoint, find_family(checkpoint.config).layers)
+            expert_noise = _find_noise(incomplete, side, plan, recipe, sample, steps_for, progress)
+            steps = steps_for(dataclasses.replace(recipe, expert_noise=expert_noise, max_kl=None))
+        output.write_weights(writer, steps, progress)
+        model = meta_model(plan.model_class, plan.config)
+        write_model_files(incomplete, model, plan.config, checkpoint, checkpoints[composition.tokenizer])
+        if plan.native:
+            add_legacy_keys(incomplete / "config.json", plan.config)
+        parity = None
+        if recipe.verify != "none":
+            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
+        provenance = {**_provenance(recipe, plan, checkpoint, described, parity), "expert_noise": expert_noise}
+        write_provenance(incomplete, provenance)
+        write_model_card(incomplete, provenance, cards[BASE])
+        for name in (OBSERVATIONS, NOISE):
+            (incomplete / name).unlink(missing_ok=True)
+        output.publish()
 
     max_relative_error = None if parity is None or "float32" not in parity else summarize(parity)
     expert_errors = None
@@ -181,7 +155,7 @@ def upcycle(
         routing = RoutingStatistics.from_dict(parity["routing"])
         _warn_of_dead_experts(routing)
     return UpcycleReport(
-        output_dir=given_dir,
+        output_dir=output.given,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
@@ -218,26 +192,6 @@ def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
             f"In {len(dead)} of {len(routing.layers)} layers some experts got none of {routing[name].num_tokens} tokens, for "
             f"example {experts} of {name}. They get no gradient either: another `router_init`, a smaller `router_logit_std` or "
             "the load-balancing loss spreads the tokens."
-        )
-
-
-def _check_output(output_dir: Path, incomplete: Path, sources: list[str | Path], overwrite: bool) -> None:
-    for folder in (output_dir, incomplete):
-        for source in sources:
-            if Path(source).is_dir() and Path(source).resolve().is_relative_to(folder):
-                raise UpcycleError(
-                    f"{folder}, which would be written, holds the source {source}. Choose another output folder."
-                )
-        if folder.exists() and not folder.is_dir():
-            raise UpcycleError(f"{folder} exists and is no folder. Choose another output folder.")
-    if output_dir.is_mount() or output_dir == output_dir.parent:
-        raise UpcycleError(
-            f"{output_dir} is a mount point, which cannot be put in place at once. Choose a folder inside it."
-        )
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise UpcycleError(
-            f"The output folder {output_dir} exists and is not empty. Choose another one, or pass overwrite=True "
-            "(--overwrite) to replace it."
         )
 
 
@@ -289,16 +243,6 @@ def _prove(
         writer.journal.unlink()  # never go on from files that failed
         raise
     return parity
-
-
-def _check_space(folder: Path, needed: int, checkpoint: Checkpoint) -> None:
-    there = sum(path.stat().st_size for path in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if needed - there > free:
-        raise UpcycleError(
-            f"The result of {checkpoint.name} needs {needed:,} bytes, but only {free:,} are free at {folder.parent}. Make "
-            "room, choose another output folder, or ask for fewer experts."
-        )
 
 
 def _observe(
@@ -371,39 +315,6 @@ def _find_noise(
     return float(path.read_text(encoding="utf-8"))
 
 
-def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> None:
-    with tqdm(
-        total=writer.total_bytes,
-        desc="Resuming" if writer.checksums else "Upcycling",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
-        for step in steps:
-            if writer.is_done(step):
-                bar.update(step.num_bytes)
-                continue
-            for num_bytes in writer.write(step):
-                bar.update(num_bytes)
-    writer.write_index()
-
-
-def _write_other_files(folder: Path, checkpoint: Checkpoint, tokenizer: Checkpoint, plan: UpcyclePlan) -> None:
-    model = meta_model(plan.model_class, plan.config)
-    plan.config.architectures = [plan.architecture]
-    if not plan.native:
-        custom_object_save(model, folder, config=plan.config)
-    plan.config.save_pretrained(folder)
-    if plan.native:
-        add_legacy_keys(folder / "config.json", plan.config)
-    for origin, patterns in ((checkpoint, LICENCE_FILES), (tokenizer, TOKENIZER_FILES)):
-        for path in origin.auxiliary_files(patterns):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin.folder / path, folder / path)
-    if model.can_generate() and not (folder / "generation_config.json").exists():
-        GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
-
-
 def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
@@ -425,6 +336,7 @@ def _provenance(
             **parents[BASE],
             "model_type": checkpoint.config.model_type,
             "num_parameters": plan.num_dense_parameters,
+            "config": json.loads(checkpoint.config.to_json_string()),
         },
         **experts,
         "result": {
@@ -440,30 +352,3 @@ def _provenance(
         },
         "parity": parity,
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    """JSON has no infinity, but a model whose values overflow in float16 measures one: null stands for it."""
-    if isinstance(value, dict):
-        return {name: _without_infinities(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _publish(incomplete: Path, output_dir: Path, overwrite: bool) -> None:
-    """Put the finished folder in its place; a folder that stood there goes only once the new one is in place."""
-    replaced = None
-    if output_dir.exists() and any(output_dir.iterdir()):
-        if not overwrite:
-            raise UpcycleError(f"{output_dir} was filled meanwhile. The finished result is in {incomplete}.")
-        replaced = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.replaced-"))
-        output_dir.rename(replaced / output_dir.name)
-    elif output_dir.exists():
-        output_dir.rmdir()
-    incomplete.rename(output_dir)
-    (output_dir / JOURNAL).unlink()
-    for name in (OBSERVATIONS, NOISE):
-        (output_dir / name).unlink(missing_ok=True)
-    if replaced is not None:
-        shutil.rmtree(replaced)

@@ -410,7 +410,7 @@ def test_progress_bars_do_not_disturb_the_models(tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr("hf_moe.upcycling.parity.tqdm", Bar)
-    monkeypatch.setattr("hf_moe.upcycling.upcycle.tqdm", Bar)
+    monkeypatch.setattr("hf_moe.upcycling.output.tqdm", Bar)
     source = save_dense(tmp_path / "dense")
     for verify in ("full", "layers"):
         assert upcycle(source, tmp_path / verify, recipe(verify=verify, layers=[0, 2])).exact
