@@ -22,6 +22,13 @@ _LAZY = {
     "plan_upcycle": "upcycling.plan",
     "upcycle": "upcycling.upcycle",
     "upcycle_model": "upcycling.in_memory",
+    "EditReport": "editing.edit",
+    "collapse": "editing.collapse",
+    "expand_experts": "editing.expand",
+    "extract_expert": "editing.expert_file",
+    "insert_expert": "editing.expert_file",
+    "merge_experts": "editing.merge",
+    "prune_experts": "editing.prune",
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
 }

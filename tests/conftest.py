@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import copy
 import logging
 import traceback
 import warnings
@@ -21,7 +22,31 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import hf_moe
 
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# What the names of hf_moe's classes start with, behind "Moe".
+FAMILIES = {
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "granite": "Granite",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "stablelm": "StableLm",
+}
+# Families whose feed-forwards have no gate. Not all of them are language models, so tests of their own look at them.
+UNGATED_FAMILIES = {"bert": "Bert", "gpt2": "GPT2", "gpt_neox": "GPTNeoX", "vit": "ViT"}
+# The families that stand for all of them in tests of what is the same for every family.
+CORE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Dense classes that are not called as ours are.
+DENSE_NAMES = {"Gemma3TextForCausalLM": "Gemma3ForCausalLM", "GPT2ForCausalLM": "GPT2LMHeadModel"}
+
+ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+ROPE_PER_LAYER_TYPE = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+ALTERNATING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -34,7 +59,44 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "tie_word_embeddings": False,
+    "rope_parameters": ROPE,
+}
+# What each family has besides: whatever makes it special, with values that matter in a tiny model. `head_dim` is not
+# hidden_size / heads where the family lets it differ.
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 4.0}
+TINY_OF_FAMILY = {
+    "bert": {"tie_word_embeddings": True, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
+    "gemma2": {**GEMMA, **ALTERNATING},
+    "gemma3_text": {**GEMMA, **ALTERNATING, "rope_parameters": ROPE_PER_LAYER_TYPE},
+    "gpt2": {"tie_word_embeddings": True, "n_inner": 48, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "gpt_neox": {
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
+    "granite": {
+        "head_dim": 16,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.5,
+    },
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16},
+    "olmo2": {"head_dim": 16},
+    "olmo3": {"head_dim": 16, **ALTERNATING, "rope_parameters": ROPE_PER_LAYER_TYPE},
+    "phi3": {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"head_dim": 16, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6},
+    "stablelm": {
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
+    "vit": {"image_size": 16, "patch_size": 4, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
 }
 
 torch.manual_seed(0)
@@ -85,15 +147,31 @@ def family(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=CORE_FAMILIES)
+def core_family(request) -> str:
+    """Name of one of the dense families that stand for all."""
+    return request.param
+
+
+def dense_class(family: str, name: str) -> type:
+    """The transformers class whose counterpart is `Moe<Family><name>`."""
+    name = {**FAMILIES, **UNGATED_FAMILIES}[family] + name
+    return getattr(transformers, DENSE_NAMES.get(name, name))
+
+
+def moe_class(family: str, name: str) -> type:
+    """The class of hf_moe whose name ends in `name`."""
+    return getattr(hf_moe, "Moe" + {**FAMILIES, **UNGATED_FAMILIES}[family] + name)
+
+
 def dense_config(family: str, **values) -> transformers.PreTrainedConfig:
-    """Configuration of a tiny dense model; `head_dim` is not hidden_size / heads where the family lets it differ."""
-    head_dim = {"head_dim": 16} if family != "qwen2" else {}
-    return getattr(transformers, f"{FAMILIES[family]}Config")(**{**TINY, **head_dim, **values})
+    """Configuration of a tiny dense model."""
+    return dense_class(family, "Config")(**copy.deepcopy({**TINY, **TINY_OF_FAMILY[family], **values}))
 
 
 def dense_model(family: str, head: str = "ForCausalLM", dtype=torch.float32, **values) -> transformers.PreTrainedModel:
     """Tiny dense model in which nothing is left at a default: norms and biases are random too."""
-    model = getattr(transformers, FAMILIES[family] + head)(dense_config(family, **values))
+    model = dense_class(family, head)(dense_config(family, **values))
     randomize(model)
     return model.to(dtype).eval() if dtype == torch.float32 else cast(model, dtype)
 
@@ -112,19 +190,19 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+        is_scale = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
+        parameter.copy_(1 + 0.2 * noise if is_scale else 0.15 * noise)
 
 
 def moe_config(family: str, **values) -> transformers.PreTrainedConfig:
     """Configuration of a tiny model of hf_moe."""
-    head_dim = {"head_dim": 16} if family != "qwen2" else {}
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return getattr(hf_moe, f"Moe{FAMILIES[family]}Config")(**{**TINY, **head_dim, **moe, **values})
+    return moe_class(family, "Config")(**copy.deepcopy({**TINY, **TINY_OF_FAMILY[family], **moe, **values}))
 
 
 def moe_model(family: str, head: str = "ForCausalLM", **values) -> transformers.PreTrainedModel:
     """Tiny model of hf_moe with random values everywhere."""
-    model = getattr(hf_moe, f"Moe{FAMILIES[family]}{head}")(moe_config(family, **values))
+    model = moe_class(family, head)(moe_config(family, **values))
     randomize(model)
     return model.eval()
 
@@ -157,3 +235,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, bound: float = 1e
     scale = expected.float().abs().max().clamp(min=1e-12)
     error = ((actual.float() - expected.float()).abs().max() / scale).item()
     assert error <= bound, f"relative error {error:.2e} > {bound:.0e}"
+
+
+def force_expert(model: transformers.PreTrainedModel, expert: int) -> transformers.PreTrainedModel:
+    """Every router chooses this one expert for every slot, with weights that sum to 1; a later call takes precedence."""
+
+    def choose(module, args, output):
+        logits, weights, index = output
+        return logits, torch.full_like(weights, 1 / weights.shape[-1]), torch.full_like(index, expert)
+
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.gate"):
+            module.register_forward_hook(choose)
+    return model

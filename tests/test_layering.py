@@ -13,13 +13,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
     "models": set(),
-    "upcycling": {"models", "hub", "version"},
+    "upcycling": {"models", "training", "hub", "version"},
+    "editing": {"upcycling", "models", "training", "hub", "version"},
     "training": {"models"},
     "hub": {"training"},
     "plots": {"training"},
     "registration": {"models"},
     "version": set(),
-    "cli": {"upcycling", "training", "hub", "plots", "models"},
+    "cli": {"upcycling", "editing", "training", "hub", "plots", "models"},
     "__init__": {"registration", "version"},
 }
 

@@ -9,6 +9,7 @@ from huggingface_hub.cli import out
 from huggingface_hub.errors import StrictDataclassError
 
 from .bench import bench
+from .edit import collapse, expand, extract, insert, merge, prune
 from .inspect import inspect
 from .upcycle import plan, upcycle
 
@@ -21,7 +22,8 @@ def _epilog(*examples: str) -> str:
 
 
 app = typer_factory(
-    help="Turn dense Hugging Face models into mixtures of experts, and look at their routing.", epilog=LEARN_MORE
+    help="Turn dense Hugging Face models into mixtures of experts, change those that exist, look at their routing.",
+    epilog=LEARN_MORE,
 )
 app.command(
     epilog=_epilog(
@@ -35,6 +37,20 @@ app.command(
     )
 )(upcycle)
 app.command(epilog=_epilog("hf-moe inspect ./moe --text essay.txt --plot load.png"))(inspect)
+app.command(
+    epilog=_epilog("hf-moe expand ./moe ./moe-16 --factor 2", "hf-moe expand ./moe ./moe-16 --keep-top-k --noise 0.01")
+)(expand)
+app.command(
+    epilog=_epilog(
+        "hf-moe inspect ./moe --text essay.txt --output statistics.json",
+        "hf-moe prune ./moe ./moe-6 --keep 6 --statistics statistics.json",
+        "hf-moe prune ./moe ./moe-7 --drop 3",
+    )
+)(prune)
+app.command(epilog=_epilog("hf-moe merge ./moe-16 ./moe-8 --num-experts 8 --top-k 2"))(merge)
+app.command(epilog=_epilog("hf-moe collapse ./moe ./dense", "hf-moe collapse ./moe ./dense --expert 3"))(collapse)
+app.command(epilog=_epilog("hf-moe extract ./moe expert.safetensors --expert 3"))(extract)
+app.command(epilog=_epilog("hf-moe insert ./moe expert.safetensors ./moe-9"))(insert)
 app.add_group(bench, name="bench")
 
 

@@ -6,16 +6,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from huggingface_hub.cli import out
+
+from .display import count as _count
+from .display import error as _error
 
 
 if TYPE_CHECKING:
-    from ..upcycling.recipe import UpcycleConfig
+    from ..upcycling.advice import Advice
+    from ..upcycling.recipe import UpcycleConfig, UpcycleReport
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
 RecipeOpt = Annotated[Path | None, typer.Option(help="YAML file with fields of UpcycleConfig; options override it.")]
-MethodOpt = Annotated[str | None, typer.Option(help="How experts are made: copy (default) or residual.")]
+MethodOpt = Annotated[
+    str | None,
+    typer.Option(help="How experts are made: copy (default), residual, granular, drop, qwen, split or compose."),
+]
 NumExpertsOpt = Annotated[int | None, typer.Option(help="Routed experts per layer (default 8).")]
+ExpertOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expert", help="Checkpoint of one expert, for compose: folder, Hub id[@revision] or 'base'. Repeat it."
+    ),
+]
+ComposeRestOpt = Annotated[
+    str | None, typer.Option(help="For compose, where the rest comes from: base (default) or mean of the experts.")
+]
 TopKOpt = Annotated[int | None, typer.Option("--top-k", help="Routed experts per token (default 2).")]
 TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (default), native or hf_moe.")]
 LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert: 4,6,8-11, ::2 or -4: (default all).")]
@@ -23,7 +40,15 @@ NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weig
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-VerifyOpt = Annotated[str | None, typer.Option(help="What to compare: full (default), layers or none.")]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any other field of UpcycleConfig, e.g. --set granularity=4. Can be given several times."
+    ),
+]
+VerifyOpt = Annotated[
+    str | None, typer.Option(help="What to compare: full (default), layers, per_expert (compose) or none.")
+]
 
 
 def plan(
@@ -31,16 +56,33 @@ def plan(
     recipe: RecipeOpt = None,
     method: MethodOpt = None,
     num_experts: NumExpertsOpt = None,
+    expert: ExpertOpt = None,
+    compose_rest: ComposeRestOpt = None,
     top_k: TopKOpt = None,
     target: TargetOpt = None,
     layers: LayersOpt = None,
     norm_topk_prob: NormTopKOpt = None,
+    set_: SetOpt = None,
     revision: RevisionOpt = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens to train on, e.g. 50B: which method does the published evidence support?"),
+    ] = None,
+    dense_tokens: Annotated[
+        str | None, typer.Option(help="Tokens that the dense model was trained on, e.g. 2T.")
+    ] = None,
 ) -> None:
-    """Say what a conversion would give: class, exactness, parameters, bytes, FLOPs. Reads no weights."""
+    """Say what a conversion would give: class, exactness, parameters, memory, FLOPs. Reads no weights."""
+    from ..upcycling.advice import advise, estimate_memory, parse_tokens
     from ..upcycling.plan import plan_upcycle
 
     result = plan_upcycle(source, _recipe(recipe, locals()), revision=revision)
+    memory = estimate_memory(result)
+    if dense_tokens is not None and tokens is None:
+        raise ValueError("--dense-tokens needs --tokens: advice weighs the one against the other.")
+    advice = None
+    if tokens is not None:
+        advice = advise(parse_tokens(tokens), None if dense_tokens is None else parse_tokens(dense_tokens))
     out.result(
         f"{source} can become {result.architecture}",
         **{
@@ -49,6 +91,7 @@ def plan(
             "native": result.native,
             "exact": result.exact,
             "inexact_because": result.inexact_because,
+            **({"warnings": result.warnings} if out.mode != "human" else {}),
             "sparse_layers": f"{len(result.sparse_layers)} of {result.config.num_hidden_layers}",
             "num_parameters": _count(result.num_parameters),
             "num_active_parameters": _count(result.num_active_parameters),
@@ -56,8 +99,17 @@ def plan(
             "bytes": _count(result.bytes),
             "flops_per_token": _count(result.flops_per_token),
             "flops_relative_to_dense": round(result.flops_per_token / result.dense_flops_per_token, 3),
+            "bytes_to_train": _count(memory.train),
+            "bytes_to_train_lora": _count(memory.train_lora),
+            "bytes_to_serve": _count(memory.serve),
+            **(_advice(advice) if advice is not None else {}),
         },
     )
+    for warning in result.warnings:
+        out.warning(warning)
+    if advice is not None:
+        for statement in advice.evidence:
+            out.text(f"\n{statement.text}.\n  {statement.source}")
 
 
 def upcycle(
@@ -66,6 +118,8 @@ def upcycle(
     recipe: RecipeOpt = None,
     method: MethodOpt = None,
     num_experts: NumExpertsOpt = None,
+    expert: ExpertOpt = None,
+    compose_rest: ComposeRestOpt = None,
     top_k: TopKOpt = None,
     target: TargetOpt = None,
     layers: LayersOpt = None,
@@ -73,6 +127,7 @@ def upcycle(
     router_logit_std: LogitStdOpt = None,
     seed: SeedOpt = None,
     verify: VerifyOpt = None,
+    set_: SetOpt = None,
     revision: RevisionOpt = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
@@ -106,6 +161,9 @@ def upcycle(
             if low_precision
             else {}
         ),
+        **_routing(report),
+        **({"expert_noise": round(report.expert_noise, 6)} if report.expert_noise else {}),
+        expert_errors=_errors(report.expert_errors),
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
@@ -113,14 +171,27 @@ def upcycle(
     )
 
 
-def _count(number: int) -> str | int:
-    """With separators for people, plain for programs."""
-    return f"{number:,}" if out.mode == "human" else number
+def _advice(advice: "Advice") -> dict[str, Any]:
+    """The advice as fields; programs get the evidence among them, people as text below."""
+    fields: dict[str, Any] = {"advised_method": advice.method, "advised_because": advice.because}
+    if out.mode != "human":
+        fields["evidence"] = [dataclasses.asdict(statement) for statement in advice.evidence]
+    return fields
 
 
-def _error(value: float | None) -> str | float | None:
-    """With two digits for people, in full for programs."""
-    return f"{value:.1e}" if out.mode == "human" and value is not None else value
+def _routing(report: "UpcycleReport") -> dict[str, Any]:
+    """How the untrained routers spread the tokens, if it was measured."""
+    if report.routing is None:
+        return {}
+    summary = report.routing.summary()
+    dead = sum(len(layer.dead_experts) for layer in report.routing.layers.values())
+    return {"routing_entropy": round(summary["entropy"], 3), "experts_without_token": dead}
+
+
+def _errors(values: dict[str, float] | None) -> str | dict[str, float] | None:
+    if out.mode != "human" or values is None:
+        return values
+    return ", ".join(f"{_error(error)} ({entry})" for entry, error in values.items())
 
 
 def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
@@ -132,4 +203,15 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     values.update({name: value for name, value in options.items() if name in fields and value is not None})
     if options["top_k"] is not None:
         values["num_experts_per_tok"] = options["top_k"]
+    if options["expert"]:
+        values["experts"] = options["expert"]
+        values["num_experts"] = options["num_experts"]  # as many as were given, whatever the file had
+    for assignment in options["set_"] or []:
+        name, separator, value = assignment.partition("=")
+        if not separator or name not in fields:
+            raise ValueError(f"--set takes field=value with a field of {sorted(fields)}, got {assignment!r}.")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {name}: {value!r} is no value in YAML.") from error
     return UpcycleConfig(**values)

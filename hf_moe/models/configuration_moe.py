@@ -13,8 +13,8 @@
 # limitations under the License.
 """What every MoE configuration adds to its dense one.
 
-`MoeConfigMixin` holds the fields, their validation and the `auto_map`; `MOE_TP_PLAN` and `MOE_EP_PLAN` are the tensor-
-and expert-parallel plans of the sparse block, which a family's configuration adds to the plan of its dense parent.
+`MoeConfigMixin` holds the fields, their validation, the `auto_map` and the parallel plans, to which `MOE_TP_PLAN`,
+`MOE_EP_PLAN` and `MOE_BIAS_EP_PLAN` add the sparse block.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,17 @@ MOE_EP_PLAN = {
     "layers.*.mlp.experts.down_proj": "grouped_gemm",
     "layers.*.mlp.experts": "ep_dispatch_experts",
 }
+MOE_BIAS_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj_bias": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
+}
+
+
+def ungated_ep_plan(layers: str) -> dict[str, str]:
+    """The expert-parallel plan of a backbone that keeps its layers in `layers`, for experts without a gate and with biases."""
+    experts = f"{layers}.*.mlp.experts"
+    tensors = ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+    return {**{f"{experts}.{tensor}": "grouped_gemm" for tensor in tensors}, experts: "ep_dispatch_experts"}
 
 
 @dataclass(kw_only=True)
@@ -94,6 +105,10 @@ class MoeConfigMixin:
     mlp_layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        # Fields that were given by an alias, such as `hidden_size` for GPT-2's `n_embd`: defaults depend on them.
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         if self.mlp_layer_types is None:
@@ -106,6 +121,26 @@ class MoeConfigMixin:
     def biased_experts(self) -> bool:
         """Whether the experts have biases, as the dense feed-forward has."""
         return getattr(self, "mlp_bias", False)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """
+        The tensor-parallel plan: the dense one and that of a gated sparse block; None where the dense class has none.
+
+        Every rank would add the output bias to its part of the sum, so experts with biases are left whole.
+        """
+        dense_plan = super().base_model_tp_plan
+        if dense_plan is None or not self.gated_experts:
+            return dense_plan
+        moe_plan = {
+            rule: style for rule, style in MOE_TP_PLAN.items() if "shared_expert" in rule or not self.biased_experts
+        }
+        return {**dense_plan, **moe_plan}
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """The expert-parallel plan: whole experts with their biases, dealt out to the ranks."""
+        return {**MOE_EP_PLAN, **(MOE_BIAS_EP_PLAN if self.biased_experts else {})}
 
     def num_experts_in(self, layer_index: int) -> int:
         """Number of routed experts of a sparse layer."""
@@ -141,6 +176,10 @@ class MoeConfigMixin:
         if "sparse" not in self.mlp_layer_types:
             raise ValueError(
                 "`mlp_layer_types` has no 'sparse' layer: such a model is dense, use its dense class instead."
+            )
+        if getattr(self, "add_cross_attention", False):
+            raise ValueError(
+                "`add_cross_attention` is not supported: sparse layers are for models without a second input."
             )
         if self.use_shared_expert_gate and self.shared_expert_intermediate_size is None:
             raise ValueError("`use_shared_expert_gate` needs a `shared_expert_intermediate_size`.")

@@ -16,7 +16,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig
 
-from .configuration_moe import MOE_EP_PLAN, MOE_TP_PLAN, MoeConfigMixin
+from .configuration_moe import MoeConfigMixin
 
 
 @strict
@@ -33,8 +33,6 @@ class MoeMistralConfig(MoeConfigMixin, MistralConfig):
     """
 
     model_type = "moe_mistral"
-    base_model_tp_plan = {**MistralConfig.base_model_tp_plan, **MOE_TP_PLAN}
-    base_model_ep_plan = MOE_EP_PLAN
 
 
 __all__ = ["MoeMistralConfig"]

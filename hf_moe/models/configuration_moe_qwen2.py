@@ -16,7 +16,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
 
-from .configuration_moe import MOE_EP_PLAN, MOE_TP_PLAN, MoeConfigMixin
+from .configuration_moe import MoeConfigMixin
 
 
 @strict
@@ -33,8 +33,6 @@ class MoeQwen2Config(MoeConfigMixin, Qwen2Config):
     """
 
     model_type = "moe_qwen2"
-    base_model_tp_plan = {**Qwen2Config.base_model_tp_plan, **MOE_TP_PLAN}
-    base_model_ep_plan = MOE_EP_PLAN
 
 
 __all__ = ["MoeQwen2Config"]

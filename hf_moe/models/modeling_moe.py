@@ -14,9 +14,11 @@
 """The sparse block and the mixins that put it into a dense transformers model.
 
 `MoeSparseBlock` takes the place of a layer's feed-forward. `MoePreTrainedModelMixin`, `MoeModelMixin`,
-`MoeForCausalLMMixin` and `MoeClassificationMixin` are mixed into the dense classes of a family; attention, caches,
-generation and parallel plans stay those of the dense classes.
+`MoeForCausalLMMixin`, `MoeClassificationMixin` and `MoeHeadMixin` are mixed into the dense classes of a family;
+attention, caches, generation and parallel plans stay those of the dense classes.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +97,11 @@ class MoeModelMixin:
     """
     Puts a [`MoeSparseBlock`] into the layers that `config.mlp_layer_types` names `"sparse"`.
 
-    `layers_path` is where the dense backbone keeps its layers.
+    `layers_path` is where the dense backbone keeps its layers, `block_class` what takes the place of a feed-forward.
     """
 
     layers_path = "layers"
+    block_class = MoeSparseBlock
 
     def __init__(self, config, **kwargs):
         super().__init__(config, **kwargs)
@@ -108,14 +111,16 @@ class MoeModelMixin:
                 f"`mlp_layer_types` has {len(config.mlp_layer_types)} entries, but `num_hidden_layers` is {len(layers)}. "
                 "Change both together."
             )
-        for index, (layer, layer_type) in enumerate(zip(layers, config.mlp_layer_types, strict=True)):
+        for index, layer_type in enumerate(config.mlp_layer_types):
             if layer_type == "sparse":
-                self.set_feed_forward(layer, MoeSparseBlock(config, config.num_experts_in(index)))
+                self.replace_feed_forward(layers, index, self.block_class(config, config.num_experts_in(index)))
+        # A family may have put layers of a class of its own there.
+        self._no_split_modules.update(type(layer).__name__ for layer in layers)
         self.post_init()
 
-    def set_feed_forward(self, layer: nn.Module, block: MoeSparseBlock) -> None:
-        """Let `block` take the place of a layer's dense feed-forward."""
-        layer.mlp = block
+    def replace_feed_forward(self, layers: nn.ModuleList, index: int, block: MoeSparseBlock) -> None:
+        """Let `block` take the place of the dense feed-forward of layer `index`."""
+        layers[index].mlp = block
 
 
 class MoeForCausalLMMixin:
@@ -227,11 +232,38 @@ class MoeClassificationMixin:
         # The generic heads of transformers look their backbone up in AutoModel, also where this file is remote code.
         AutoModel.register(type(config), self.model_class, exist_ok=True)
         super().__init__(config)
-        if config.output_router_logits:
-            logger.warning_once(
-                f"{type(self).__name__} ignores `output_router_logits`: only the causal language model adds the "
-                "load-balancing loss."
-            )
+        _warn_of_ignored_router_logits(self)
+
+
+class MoeHeadMixin:
+    """
+    Any other head over a MoE backbone, for dense classes that name their backbone's class.
+
+    `model_class` is the backbone of the family. The load-balancing loss is not part of the loss and the router logits are
+    not part of the output: ask the backbone for them, `model.base_model(..., output_router_logits=True).router_logits`.
+    """
+
+    model_class: type
+
+    def __init__(self, config):
+        # The backbone that the dense class builds is replaced at once; it refuses implementations of experts.
+        dense_config = copy.copy(config)
+        dense_config._experts_implementation = "eager"
+        super().__init__(dense_config)
+        self.config = config
+        has_no_pooler = getattr(self.base_model, "pooler", ...) is None
+        options = {"add_pooling_layer": False} if has_no_pooler else {}
+        setattr(self, self.base_model_prefix, self.model_class(config, **options))
+        self.post_init()
+        _warn_of_ignored_router_logits(self)
+
+
+def _warn_of_ignored_router_logits(model: PreTrainedModel) -> None:
+    if model.config.output_router_logits:
+        logger.warning_once(
+            f"{type(model).__name__} ignores `output_router_logits`: only the causal language model adds the "
+            "load-balancing loss."
+        )
 
 
 def _balance_loss(

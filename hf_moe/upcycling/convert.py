@@ -7,17 +7,18 @@ streaming writer and the in-memory conversion run these steps, which is why thei
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging
 
 from .errors import UpcycleError
 from .families import Family
-from .feed_forward import FeedForward, LayerContext
+from .feed_forward import FeedForward, LayerContext, SparseLayer
 from .layouts import FusedLayout, PerExpertLayout, Piece
 from .methods import build_sparse_layer
 from .plan import UpcyclePlan
@@ -27,7 +28,13 @@ from .target import RowsOf, SharedExpert
 from .targets import backbone_prefix, dense_class, find_family, layer_prefix, meta_model
 
 
+logger = logging.get_logger(__name__)
+
 TensorInfo = tuple[torch.dtype, tuple[int, ...]]
+# Constants that earlier releases of transformers saved with the weights.
+SAVED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$")
+# Modules beside or behind the layers that one class of a family has and another has not.
+HEADS = r"^(\w+\.)?(classifier|cls|embed_out|lm_head|multiple_choice_head|pooler|qa_outputs|score)\."
 
 
 def num_bytes(info: TensorInfo) -> int:
@@ -42,11 +49,32 @@ class Step:
 
     name: str
     tensors: dict[str, TensorInfo]
-    pieces: Callable[[], Iterator[Piece]]
+    open: Callable[[], "OpenStep"]
+
+    @classmethod
+    def of(cls, name: str, tensors: dict[str, TensorInfo], pieces: Callable[[], Iterator[Piece]]) -> "Step":
+        """A step whose values all come from one place."""
+        return cls(name, tensors, lambda: OpenStep(pieces))
+
+    def pieces(self) -> Iterator[Piece]:
+        """All values, those of one expert after the other."""
+        opened = self.open()
+        yield from opened.others()
+        for expert_index in range(opened.num_experts):
+            yield from opened.expert(expert_index)
 
     @property
     def num_bytes(self) -> int:
         return sum(map(num_bytes, self.tensors.values()))
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step with its dense tensors at hand: the values that belong to no expert, and those of one expert."""
+
+    others: Callable[[], Iterator[Piece]]
+    expert: Callable[[int], Iterator[Piece]] = lambda expert_index: iter([])
+    num_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,16 +91,24 @@ def plan_steps(
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
     layout: FusedLayout | PerExpertLayout,
+    observations: Mapping[int, Mapping[str, torch.Tensor]],
+    experts: Sequence[DenseTensors] = (),
 ) -> list[Step]:
     """
     The steps of a conversion, in the order of the dense model's tensors.
+
+    Args:
+        observations (`Mapping`): By layer, what [`~hf_moe.upcycling.calibration.calibrate`] found out. It is looked at
+            when a step runs, so it may be filled until then.
+        experts (`Sequence[DenseTensors]`, *optional*): For method `"compose"`, the dense model that each expert comes from;
+            `dense` has what is not an expert.
 
     Raises:
         UpcycleError: if the dense model lacks a tensor that its class has, has one that its class would drop, or one of
             another shape.
     """
     model = meta_model(dense_class(dense_config), dense_config)
-    names = _check_names(dense, dense_config, model)
+    names = check_names(dense, dense_config, model)
     family = find_family(dense_config)
     layers = layer_prefix(family, model)
     layer_of = {
@@ -86,10 +122,22 @@ def plan_steps(
             steps.append(_copy_step(name, dense, plan.target.rows_of(name, dense_config)))
         elif (index := layer_of[name]) not in seen:
             seen.add(index)
-            context = LayerContext(recipe, index, plan.experts_in_layer[index])
             layer, backbone = f"{layers}{index}.", backbone_prefix(model)
+            composed = _composed(layer, family, experts) if experts else None
+            context = LayerContext(
+                recipe, index, plan.experts_in_layer[index], observations.get(index, {}), composed=composed
+            )
             steps.append(_SparseStep(layer, dense, dense_config, family, plan, context, layout, backbone).step())
     return steps
+
+
+def _composed(layer: str, family: Family, experts: Sequence[DenseTensors]) -> Callable[[int], FeedForward]:
+    def read(expert_index: int) -> FeedForward:
+        dense = experts[expert_index]
+        names = family.feed_forward.tensors(layer, dense.info)
+        return family.feed_forward.read(layer, {name: dense.read(name) for name in names})
+
+    return read
 
 
 def _copy_step(name: str, dense: DenseTensors, rows_of: RowsOf) -> Step:
@@ -104,7 +152,7 @@ def _copy_step(name: str, dense: DenseTensors, rows_of: RowsOf) -> Step:
         for new_name, rows in rows_of:
             yield Piece(new_name, 0, tensor if rows is None else tensor[rows])
 
-    return Step(name, tensors, pieces)
+    return Step.of(name, tensors, pieces)
 
 
 @dataclass(frozen=True)
@@ -132,7 +180,7 @@ class _SparseStep:
         return Step(
             f"{self.layer}{self.layout.block}",
             {name: (self._dtype(name, dtype), shape) for name, shape in shapes.items()},
-            lambda: self._pieces({name: self.dense.read(name) for name in names}, dtype),
+            lambda: self._open({name: self.dense.read(name) for name in names}, dtype),
         )
 
     @property
@@ -159,14 +207,19 @@ class _SparseStep:
                 table[f"{self.layer}{shared.gate}.weight"] = (1, dense.hidden_size)
         return table | {name: tuple(tensor.shape) for name, tensor in self._added().items()}
 
-    def _pieces(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[Piece]:
+    def _open(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> OpenStep:
         dense = self.family.feed_forward.read(self.layer, tensors)
         sparse = build_sparse_layer(dense, self.context)
+        return OpenStep(
+            lambda: self._other_pieces(dense, sparse, dtype),
+            lambda expert_index: self.layout.pieces(self.layer, expert_index, sparse.expert(expert_index)),
+            self.context.num_experts,
+        )
+
+    def _other_pieces(self, dense: FeedForward, sparse: SparseLayer, dtype: torch.dtype) -> Iterator[Piece]:
         router_input = self.family.router_input(self._read_backbone, self._layer_in_backbone, self.context.layer_index)
         router = build_router(router_input, self.plan.sizes.experts_per_copy, self.context)
         yield Piece(self._router, 0, router.to(self._dtype(self._router, dtype)))
-        for expert_index in range(self.context.num_experts):
-            yield from self.layout.pieces(self.layer, expert_index, sparse.expert(expert_index))
         if self.plan.target.shared_expert is not None:
             yield from self._shared_expert_pieces(dense, sparse.shared_expert, self.plan.target.shared_expert)
         for name, tensor in self._added().items():
@@ -213,10 +266,52 @@ def in_memory_names(names: list[str], model: PreTrainedModel) -> dict[str, str]:
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state_dict)[0] for name in names}
 
 
-def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
-    """Names to convert, in the order of the dense class."""
+def names_to_convert(names: list[str], model: PreTrainedModel) -> dict[str, str]:
+    """
+    As [`in_memory_names`], without the tensors of a dense checkpoint that its class drops when it loads them.
+
+    Those are constants that other releases saved and, with a warning, heads of other classes.
+
+    Raises:
+        UpcycleError: if transformers would compute a tensor from those on disk, or load two of them into one.
+    """
+    in_memory, expected = in_memory_names(names, model), model.state_dict()
+    converters = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter)]
+    constants = [*SAVED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]
+    # Of two tied tensors a checkpoint may hold either.
+    found = set(in_memory.values())
+    tied = {name: other for name, other in model.all_tied_weights_keys.items() if other not in found}
+    kept, heads, seen = {}, [], set()
+    for on_disk, name in in_memory.items():
+        if rename_source_key(name, [], converters)[1] is not None:
+            raise UpcycleError(
+                f"transformers computes the weights of {type(model).__name__} from {on_disk!r} when it loads the checkpoint. "
+                "Load the model and save it with `save_pretrained(..., save_original_format=False)` first."
+            )
+        if name in seen:
+            raise UpcycleError(
+                f"The checkpoint holds {name!r} of {type(model).__name__} twice, under {on_disk!r} too. Load the model and "
+                "save it with `save_pretrained` first, so that each is there once."
+            )
+        seen.add(name)
+        if name in expected or not any(re.search(pattern, name) for pattern in [*constants, HEADS]):
+            kept[on_disk] = tied.get(name, name)
+        elif re.search(HEADS, name):
+            heads.append(on_disk)
+    if heads:
+        logger.warning(f"{type(model).__name__} has no place for {heads}: they are left out, as transformers does.")
+    return kept
+
+
+def check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: PreTrainedModel) -> list[str]:
+    """
+    Names to convert, in the order of the dense class.
+
+    Raises:
+        UpcycleError: if a tensor is missing, has no place in the class, or has another shape than there.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.all_tied_weights_keys if dense_config.tie_word_embeddings else {}
+    tied = model.all_tied_weights_keys
     for name, other in tied.items():
         del expected[name]
         if name in dense.info and not torch.equal(dense.read(name), dense.read(other)):
@@ -224,16 +319,12 @@ def _check_names(dense: DenseTensors, dense_config: PreTrainedConfig, model: Pre
                 f"The configuration ties {name!r} to {other!r}, but the checkpoint holds different values for the two. Set "
                 "tie_word_embeddings to what the model was trained with."
             )
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$"]
-    unexpected = [
-        name
-        for name in dense.info
-        if name not in expected and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
-    ]
+    unexpected = [name for name in dense.info if name not in expected and name not in tied]
     if missing := [name for name in expected if name not in dense.info]:
         raise UpcycleError(
             f"The checkpoint lacks {len(missing)} of the tensors that {type(model).__name__} has: {missing[:3]}. Is it "
-            "complete, and does config.json belong to it?"
+            "complete, and does config.json belong to it? To start from random values there, load the model and save it "
+            "with `save_pretrained` first."
         )
     if unexpected:
         raise UpcycleError(

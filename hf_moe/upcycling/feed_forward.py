@@ -123,12 +123,15 @@ class LayerContext:
         num_experts (`int`): Routed experts of this layer.
         observations (`Mapping[str, torch.Tensor]`): What was observed in this layer when calibration text passed through
             the dense model. Empty if the recipe needs no text.
+        composed (`Callable[[int], FeedForward]`, *optional*): From the index of an expert to this layer's feed-forward in
+            the checkpoint that the expert comes from. None if the experts come from one dense model.
     """
 
     recipe: "UpcycleConfig"
     layer_index: int
     num_experts: int
     observations: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    composed: Callable[[int], FeedForward] | None = None
 
     def generator(self, expert_index: int, purpose: str) -> torch.Generator:
         """The source of what is random here: it depends on seed, layer, expert and purpose alone."""
@@ -165,7 +168,7 @@ class FeedForwardNames:
 
         def weight(module: str) -> torch.Tensor:
             tensor = tensors[f"{layer}{module}.weight"]
-            return tensor.T if self.transposed else tensor
+            return tensor.T.contiguous() if self.transposed else tensor
 
         up, up_bias = weight(self.up), tensors.get(f"{layer}{self.up}.bias")
         gate, gate_bias = None, None
@@ -181,5 +184,8 @@ class FeedForwardNames:
         for suffix, gate, up, down in (("weight", *feed_forward[:3]), ("bias", *feed_forward[3:])):
             fused = [(self.up, [gate, up])] if self.fused else [(self.gate, [gate]), (self.up, [up])]
             for module, tensors in [*fused, (self.down, [down])]:
-                if parts := [tensor for tensor in tensors if tensor is not None]:
+                parts = [tensor for tensor in tensors if tensor is not None]
+                if self.transposed and suffix == "weight":
+                    parts = [part.T.contiguous() for part in parts]
+                if parts:
                     yield f"{layer}{module}.{suffix}", parts

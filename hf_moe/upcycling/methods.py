@@ -77,6 +77,8 @@ def inexact_because(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool)
     reason = method.inexact_because(recipe, dtype, is_gated)
     if reason is None and recipe.expert_noise and not method.noise_is_silent:
         return f"noise is added to the experts (expert_noise={recipe.expert_noise})"
+    if reason is None and recipe.max_kl is not None:
+        return f"noise is added to the experts, as much as max_kl={recipe.max_kl} allows"
     return reason
 
 
@@ -130,7 +132,8 @@ def copy(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     if not recipe.norm_topk_prob:
-        dense = scale_output(dense, context.num_experts / recipe.num_experts_per_tok, recipe.scale_on)
+        scale = context.num_experts / recipe.num_experts_per_tok
+        dense = scale_output(dense, scale, recipe.scale_on, bias_scale=scale)
     return SparseLayer(expert=lambda expert_index: dense)
 
 
@@ -200,8 +203,8 @@ def granular(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     size = dense.intermediate_size // recipe.granularity
-    scale = recipe.granularity * (1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok)
-    scaled = scale_output(dense, scale, recipe.scale_on)
+    missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
+    scaled = scale_output(dense, recipe.granularity * missing, recipe.scale_on, bias_scale=missing)
 
     def expert(expert_index: int) -> FeedForward:
         shard = expert_index % recipe.granularity
@@ -210,9 +213,9 @@ def granular(dense: FeedForward, context: LayerContext) -> SparseLayer:
     return SparseLayer(expert=expert)
 
 
-def scale_output(dense: FeedForward, scale: float, scale_on: str) -> FeedForward:
+def scale_output(dense: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:
     """
-    Multiply what the neurons add to the output by `scale`; the output bias stays.
+    Multiply what the neurons add to the output by `scale`, and the output bias by `bias_scale`.
 
     `"up_down"` shares the factor out between the two matrices in which the output is linear: up and down with a gate,
     down alone without. A power of two is split into two, which no data type rounds. `"down"` scales down alone.
@@ -232,8 +235,8 @@ def scale_output(dense: FeedForward, scale: float, scale_on: str) -> FeedForward
         factors["down"] = scale
 
     def multiply(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        factor = factors[name.partition("_")[0]]
-        return tensor if name == "down_bias" or factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+        factor = bias_scale if name == "down_bias" else factors[name.partition("_")[0]]
+        return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
 
     return dense.map(multiply)
 

@@ -6,111 +6,26 @@ The proof: the written checkpoint is run beside the dense one, and the outputs a
 experts one by one. What stays in memory are the inputs and outputs of the compared blocks, a few hundred tokens.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
-from accelerate.hooks import attach_align_device_hook
 from huggingface_hub.utils import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
-from .checkpoint import Checkpoint
-from .convert import in_memory_names
+from ..training.statistics import LayerRouting, RoutingStatistics
 from .errors import UpcycleError
 from .feed_forward import LayerSizes
-from .layouts import FusedExpert, FusedLayout, PerExpertLayout
 from .plan import UpcyclePlan
-from .recipe import UpcycleConfig
+from .sample import Sample, describe_sample
+from .streaming import Side, output_of, streamed_model
 from .target import Target
 from .targets import find_family
 
 
-logger = logging.get_logger(__name__)
 FLOAT32_BOUND = 1e-5
-NUM_TOKENS = 256
-TEXT = """The harbour master counted the boats twice before he wrote 37 into the log, because the fog had already hidden
-the far pier. "If the tide turns at 6:15," he said, "we shall have four hours and ten minutes." Nobody answered him.
-
-def moving_average(values: list[float], width: int) -> list[float]:
-    if width < 1 or width > len(values):
-        raise ValueError(f"width must lie between 1 and {len(values)}, got {width}")
-    total = sum(values[:width])
-    averages = [total / width]
-    for leaving, entering in zip(values, values[width:]):
-        total += entering - leaving
-        averages.append(total / width)
-    return averages
-
-Le train de nuit part à 22 h 40 ; il arrive à Lyon vers sept heures. Das Wetter bleibt bis Freitag wechselhaft.
-Let f be continuous on [0, 1] with f(0) < 0 < f(1). Then f(x) = 0 for some x, since the supremum of the set where f is
-negative belongs neither to that set nor to its complement's interior. See RFC 9110, section 15.5.5: 404 Not Found.
-The licensee may copy, modify and distribute the work, provided that this notice is kept and that changes are marked.
-"""
-
-
-class Sample(NamedTuple):
-    """What both models are given: keyword arguments of `forward`, the number of tokens in them, and whether they are text."""
-
-    inputs: dict[str, torch.Tensor]
-    num_tokens: int
-    is_text: bool
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two checkpoints that are compared, the class that computes it, and the path to its layers."""
-
-    model_class: type[PreTrainedModel]
-    checkpoint: Checkpoint
-    layers: str = "layers"
-
-
-def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
-    """
-    A text in the dense model's own tokens; random ones with a warning if it has no tokenizer that works; random images
-    for a model that sees.
-
-    They are enough to reach every expert, and longer than the sliding window where that is at most 1024.
-    """
-    needed = max(NUM_TOKENS, max(recipe.expert_counts) // recipe.num_experts_per_tok + 1)
-    generator = torch.Generator().manual_seed(0)
-    if hasattr(dense.config, "image_size"):
-        return _random_images(dense.config, needed, generator)
-    window = getattr(dense.config, "sliding_window", None) or 0
-    length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
-    length = min(length, dense.config.max_position_embeddings)
-    if any(path.name.startswith(("tokenizer", "vocab")) for path in dense.auxiliary_files()):
-        try:
-            ids = AutoTokenizer.from_pretrained(dense.folder, trust_remote_code=False)(TEXT)["input_ids"]
-            return Sample({"input_ids": torch.tensor([(ids * (length // len(ids) + 1))[:length]])}, length, True)
-        except (ImportError, OSError, TypeError, ValueError, KeyError) as error:
-            logger.warning(
-                f"The tokenizer of {dense.source} does not load; random tokens are compared instead. ({error})"
-            )
-    else:
-        logger.warning(f"{dense.source} has no tokenizer: none is copied, and random tokens are compared.")
-    ids = torch.randint(dense.config.vocab_size, (1, length), generator=generator)
-    return Sample({"input_ids": ids}, length, False)
-
-
-def _random_images(config: PreTrainedConfig, num_tokens: int, generator: torch.Generator) -> Sample:
-    def pair(size: Any) -> tuple[int, int]:
-        return tuple(size) if isinstance(size, list | tuple) else (size, size)
-
-    height, width = pair(config.image_size)
-    patch_height, patch_width = pair(config.patch_size)
-    tokens_per_image = (height // patch_height) * (width // patch_width) + 1
-    count = -(-num_tokens // tokens_per_image)
-    images = torch.randn(count, config.num_channels, height, width, generator=generator)
-    return Sample({"pixel_values": images}, count * tokens_per_image, False)
 
 
 def measure_parity(
@@ -136,15 +51,11 @@ def measure_parity(
         `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `beyond_window` (whether the tokens reach
         beyond the sliding window; None without one) and per data type `layers` (largest difference of each block's
         output divided by its largest value) and, for the whole model, `max_relative_error` of the logits,
-        `top1_agreement` and `kl_divergence` (mean over tokens, in nats).
+        `top1_agreement` and `kl_divergence` (mean over tokens, in nats). `routing` says which experts the routers chose
+        in float32, see [`~hf_moe.training.statistics.RoutingStatistics`].
     """
     dense_config = dense.checkpoint.config
-    window = getattr(dense_config, "sliding_window", None)
-    parity: dict[str, Any] = {
-        "num_tokens": sample.num_tokens,
-        "text": sample.is_text,
-        "beyond_window": sample.num_tokens > window if window else None,
-    }
+    parity = describe_sample(sample, dense_config)
     num_layers, num_blocks = dense_config.num_hidden_layers, len(plan.experts_in_layer)
     for dtype in dict.fromkeys((torch.float32, dense_config.dtype)):
         name = str(dtype).removeprefix("torch.")
@@ -154,7 +65,9 @@ def measure_parity(
             unit=" layers",
             disable=None if progress else True,
         ) as bar:
-            parity[name] = _compare(dense, result, plan, sample, dtype, whole_model, bar)
+            parity[name], routing = compare(dense, result, plan, sample, dtype, whole_model, bar)
+        if dtype == torch.float32:
+            parity["routing"] = routing.to_dict()
     return parity
 
 
@@ -179,10 +92,23 @@ def check_parity(parity: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _compare(
-    dense: Side, result: Side, plan: UpcyclePlan, sample: Sample, dtype: torch.dtype, whole_model: bool, bar: tqdm
-) -> dict[str, Any]:
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
+def compare(
+    dense: Side,
+    result: Side,
+    plan: UpcyclePlan,
+    sample: Sample,
+    dtype: torch.dtype,
+    whole_model: bool,
+    bar: tqdm,
+    forced_experts: list[int] | None = None,
+) -> tuple[dict[str, Any], RoutingStatistics]:
+    """
+    What [`measure_parity`] reports for one data type, and which experts the routers chose.
+
+    Args:
+        forced_experts (`list[int]`, *optional*): Every token goes to one of these experts, dealt out in turn, with weight 1.
+    """
+    inputs = sample.as_type(dtype)
     dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
     names = find_family(dense.checkpoint.config).feed_forward
     captured: dict[int, list[torch.Tensor]] = {}
@@ -191,7 +117,7 @@ def _compare(
             captured[index] = _capture(layer.get_submodule(names.up), layer.get_submodule(names.down))
         _advance_with(layer, bar)
     with torch.no_grad():
-        expected = _output(dense_model(**inputs))
+        expected = output_of(dense_model(**inputs))
         del dense_model
 
         model = streamed_model(result, plan.config, dtype, plan.target)
@@ -200,9 +126,11 @@ def _compare(
         for index in plan.experts_in_layer:
             blocks = [layers[index].get_submodule(name) for name in _sparse_modules(plan.target, plan.sizes)]
             block_input, block_output = captured.pop(index)
+            blocks[0].experts.num_counted = sample.num_tokens
             if plan.exact:
                 blocks[0].experts.experts_per_copy = plan.sizes.experts_per_copy
                 blocks[0].experts.deal_from = sample.num_tokens if whole_model else 0
+            blocks[0].experts.forced_experts = forced_experts
             if whole_model:
                 _compare_on_the_way(blocks, block_input, block_output, errors, index)
             else:
@@ -212,8 +140,13 @@ def _compare(
         if whole_model:
             for layer in layers:
                 _advance_with(layer, bar)
-            measured |= _compare_outputs(_output(model(**inputs)), expected)
-    return measured
+            measured |= compare_outputs(output_of(model(**inputs)), expected)
+    routing = {
+        name.removesuffix(".experts"): LayerRouting(module.counts, sample.num_tokens)
+        for name, module in model.named_modules()
+        if hasattr(module, "counts")
+    }
+    return measured, RoutingStatistics(routing)
 
 
 def _capture(first: torch.nn.Module, last: torch.nn.Module) -> list[torch.Tensor]:
@@ -269,8 +202,10 @@ def _compare_on_the_way(
         block.register_forward_hook(take_sequences)
 
 
-def _compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    actual, expected = actual.float(), expected.float()
+def compare_outputs(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    """Largest relative error, share of the tokens with the same best output, and mean KL divergence in nats."""
+    common = min(actual.shape[-1], expected.shape[-1])  # composed models may have different vocabularies
+    actual, expected = actual[..., :common].float(), expected[..., :common].float()
     divergence = F.kl_div(actual.log_softmax(-1), expected.log_softmax(-1), reduction="none", log_target=True)
     return {
         "max_relative_error": _relative_error(actual, expected),
@@ -289,98 +224,5 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _output(outputs: Any) -> torch.Tensor:
-    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
-
-
 def _layers(model: PreTrainedModel, side: Side) -> torch.nn.ModuleList:
     return model.base_model.get_submodule(side.layers)
-
-
-class _Tensors(Mapping):
-    """The tensors of a checkpoint by their names in memory, in one data type or that of the model, read when asked for."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, model: PreTrainedModel):
-        self.checkpoint, self.dtype = checkpoint, dtype
-        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        names = in_memory_names(list(checkpoint), model)
-        self.name_on_disk = {in_memory: on_disk for on_disk, in_memory in names.items()}
-        if model.config.tie_word_embeddings:
-            tied = model.all_tied_weights_keys
-            self.name_on_disk |= {name: self.name_on_disk[other] for name, other in tied.items()}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._read(self.name_on_disk[name]).to(self.dtypes[name])
-
-    def on_disk(self, name: str, row: int | None) -> torch.Tensor:
-        """An expert's tensor, or one row of it, by its name on disk."""
-        return (self._read(name) if row is None else self.checkpoint.read_row(name, row)).to(self.dtype)
-
-    def _read(self, name: str) -> torch.Tensor:
-        return self.checkpoint.read(name, check_finite=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.name_on_disk)
-
-    def __len__(self) -> int:
-        return len(self.name_on_disk)
-
-
-def streamed_model(
-    side: Side, config: PreTrainedConfig, dtype: torch.dtype, target: Target | None = None
-) -> PreTrainedModel:
-    """
-    A model without weights of its own: each module reads its weights from the checkpoint for the time of its forward.
-
-    Args:
-        target (`Target`, *optional*): What the model is, if it is a mixture of experts; its experts are read one by one.
-    """
-    config = copy.deepcopy(config)
-    if target is not None:
-        config._experts_implementation = "hf_moe_streamed"
-    with init_empty_weights(include_buffers=False):
-        model = side.model_class._from_config(config, dtype=dtype)
-    model.eval()
-    tensors = _Tensors(side.checkpoint, dtype, model)
-    if target is not None:
-        for name, module in model.named_modules():
-            if name.endswith(f"{target.block}.experts"):
-                module.read_expert = _expert_reader(tensors, target.layout, name, module)
-                module._parameters.clear()
-                module.deal_from = None
-    attach_align_device_hook(model, execution_device=torch.device("cpu"), offload=True, weights_map=tensors)
-    return model
-
-
-def _expert_reader(
-    tensors: _Tensors, layout: FusedLayout | PerExpertLayout, name: str, experts: torch.nn.Module
-) -> Callable[[int], FusedExpert]:
-    layer = name.removesuffix("experts").rpartition(".")[0].rpartition(".")[0] + "."
-    return lambda expert_index: layout.read(tensors.on_disk, layer, expert_index, experts.has_gate, experts.has_bias)
-
-
-def _streamed_experts_forward(
-    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """
-    The arithmetic of transformers' grouped_mm, with the weights of one expert in memory at a time.
-
-    From row `self.deal_from` on, tokens are dealt out to the copies in turn instead of being routed.
-    """
-    if self.deal_from is not None:
-        size = self.experts_per_copy
-        dealt_rows = top_k_index[self.deal_from :]
-        copies = torch.arange(dealt_rows.numel() // size) % (self.num_experts // size)
-        dealt = copies[:, None] * size + torch.arange(size)
-        top_k_index = torch.cat([top_k_index[: self.deal_from], dealt.reshape(dealt_rows.shape)])
-    slots = torch.empty(*top_k_index.shape, hidden_states.shape[-1], dtype=hidden_states.dtype)
-    for expert_index in top_k_index.unique().tolist():
-        expert = self.read_expert(expert_index)
-        token, slot = torch.where(top_k_index == expert_index)
-        hidden = F.linear(hidden_states[token], expert.up_proj, expert.up_bias)
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        slots[token, slot] = F.linear(hidden, expert.down_proj, expert.down_bias)
-    return (slots * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
-
-
-ALL_EXPERTS_FUNCTIONS.register("hf_moe_streamed", _streamed_experts_forward)

@@ -5,6 +5,7 @@ What a conversion will give, from the configuration alone: `plan_upcycle` and `U
 The plan also is what the writer and the in-memory conversion follow, so that both make the same model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint import read_config
+from .compose import check_experts, composed_config, read_expert_configs
 from .errors import UpcycleError
 from .families import Family
 from .feed_forward import FeedForward, LayerSizes
@@ -32,6 +34,10 @@ from .targets import (
 )
 
 
+# torch's grouped products want rows that start at multiples of 16 bytes.
+EXPERT_SIZE_MULTIPLE = 8
+
+
 @dataclass(frozen=True, kw_only=True)
 class UpcyclePlan:
     """
@@ -43,16 +49,19 @@ class UpcyclePlan:
         native (`bool`): Whether that class belongs to transformers.
         exact (`bool`): Whether the result computes what the dense model computes.
         inexact_because (`str`, *optional*): Why not.
+        warnings (`list[str]`): What to know before training the result.
         num_parameters (`int`): Parameters of the result.
         num_active_parameters (`int`): Parameters that one token uses, embeddings included.
         num_dense_parameters (`int`): Parameters of the dense model.
         bytes (`int`): Bytes of the result's weights, in the data type of the dense configuration.
-        flops_per_token (`int`): Floating-point operations of one token's forward pass in matrix products with weights:
-            attention scores, which depend on the length of the context, are left out.
+        flops_per_token (`int`): Floating-point operations of one token's forward pass in matrix products with weights.
+            Left out are attention scores, which depend on the length of the context, and what runs once per sequence: a
+            pooler, and a classifier behind it. For images a token is a patch, its projection included.
         dense_flops_per_token (`int`): The same for the dense model.
         experts_in_layer (`dict[int, int]`): Number of routed experts by the index of every converted layer.
         sizes (`LayerSizes`): Sizes of the experts.
         target (`Target`): Entry of the family table that was chosen.
+        model_class (`type`): Class of the result.
         config (`PreTrainedConfig`): Configuration of the result.
     """
 
@@ -61,6 +70,7 @@ class UpcyclePlan:
     native: bool
     exact: bool
     inexact_because: str | None
+    warnings: list[str]
     num_parameters: int
     num_active_parameters: int
     num_dense_parameters: int
@@ -70,6 +80,7 @@ class UpcyclePlan:
     experts_in_layer: dict[int, int]
     sizes: LayerSizes
     target: Target
+    model_class: type[PreTrainedModel]
     config: PreTrainedConfig
 
     @property
@@ -77,22 +88,32 @@ class UpcyclePlan:
         """Indices of the converted layers."""
         return list(self.experts_in_layer)
 
+    def num_router_rows(self, layer_index: int) -> int:
+        """Rows of a layer's router that are not copies of another: one per expert, or per copy of several experts."""
+        return self.experts_in_layer[layer_index] // self.sizes.experts_per_copy
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, without the configuration itself."""
-        values = {name: value for name, value in vars(self).items() if name not in ("target", "config")}
+        values = {name: value for name, value in vars(self).items() if name not in ("target", "model_class", "config")}
         return {**values, "sizes": self.sizes._asdict(), "sparse_layers": self.sparse_layers}
 
 
 def plan_upcycle(
-    source: str | Path | PreTrainedConfig, config: UpcycleConfig | None = None, *, revision: str | None = None
+    source: str | Path | PreTrainedConfig,
+    config: UpcycleConfig | None = None,
+    *,
+    revision: str | None = None,
+    experts: Mapping[str, PreTrainedConfig] | None = None,
 ) -> UpcyclePlan:
     """
-    Say what [`upcycle`] would do; reads the configuration of the source and no weights.
+    Say what [`upcycle`] would do; reads the configurations of the source and of the recipe's `experts`, and no weights.
 
     Args:
         source (`str`, `Path` or `PreTrainedConfig`): The dense model: a folder, a Hub id, or its configuration.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
         revision (`str`, *optional*): Branch, tag or commit of a Hub source.
+        experts (`Mapping[str, PreTrainedConfig]`, *optional*): The configurations of the checkpoints in the recipe's
+            `experts`, by entry. Read from there if None.
 
     Raises:
         UpcycleError: if the conversion cannot be done.
@@ -101,12 +122,15 @@ def plan_upcycle(
     dense_config = source if isinstance(source, PreTrainedConfig) else read_config(source, revision)
     family = find_family(dense_config)
     head = find_head(dense_config)
+    experts = read_expert_configs(recipe) if experts is None else experts
+    check_experts(dense_config, experts)
     dense_model = meta_model(dense_class(dense_config), dense_config)
     dense = _meta_feed_forward(dense_model, layer_prefix(family, dense_model), family)
     experts_in = find_sparse_layers(dense_config, recipe)
     sizes = _sizes(recipe, list(experts_in.values()), dense.intermediate_size)
-    target = choose_target(dense_config, recipe, dense, sizes)
-    target_config = build_config(target, dense_config, recipe, sizes)
+    rest_config = composed_config(dense_config, experts, recipe)
+    target = choose_target(rest_config, recipe, dense, sizes)
+    target_config = build_config(target, rest_config, recipe, sizes)
 
     model = meta_model(target_class(target, head), target_config)
     num_parameters = model.num_parameters()
@@ -115,23 +139,46 @@ def plan_upcycle(
     idle = idle_experts * expert.numel
     idle_weights = idle_experts * sum(tensor.numel() for tensor in expert[:3] if tensor is not None)
     reason = inexact_because(recipe, dense_config.dtype or torch.float32, dense.is_gated)
+    once_per_sequence = tuple(f"{module}." for module in family.once_per_sequence.get(head, ()))
     return UpcyclePlan(
         model_type=target_config.model_type,
         architecture=type(model).__name__,
         native=target.native,
         exact=reason is None,
         inexact_because=reason,
+        warnings=_warnings(recipe, dense.is_gated),
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - idle,
         num_dense_parameters=dense_model.num_parameters(),
         bytes=num_parameters * (dense_config.dtype or torch.float32).itemsize,
-        flops_per_token=_matrix_flops(model) - 2 * idle_weights,
-        dense_flops_per_token=_matrix_flops(dense_model),
+        flops_per_token=_matrix_flops(model, once_per_sequence) - 2 * idle_weights,
+        dense_flops_per_token=_matrix_flops(dense_model, once_per_sequence),
         experts_in_layer=experts_in,
         sizes=sizes,
         target=target,
+        model_class=type(model),
         config=target_config,
     )
+
+
+def _warnings(recipe: UpcycleConfig, is_gated: bool) -> list[str]:
+    found = []
+    if recipe.router_init == "zero":
+        found.append(
+            "router_init='zero': all logits tie, so every token goes to the same experts and the others get no gradient. Train "
+            "with router_jitter_noise, expert_noise or a selection bias, or use 'normal'."
+        )
+    if recipe.scale_on == "megatron":
+        found.append(
+            "scale_on='megatron' is for comparison with Megatron-Core: it changes what goes through the activation, and so the "
+            f"output, {'by 6 to 30 % for 2 to 16 parts' if is_gated else 'unless the activation is ReLU'}. Use 'up_down'."
+        )
+    if recipe.method in ("drop", "qwen", "split"):
+        found.append(
+            f"method {recipe.method!r} starts far from the dense model. After 50B tokens such starts were reported well below the "
+            "dense model (https://huggingface.co/papers/2603.13364, table 1); 'copy' and 'residual' start from its quality."
+        )
+    return found
 
 
 def _meta_feed_forward(model: PreTrainedModel, layers: str, family: Family) -> FeedForward:
@@ -148,10 +195,17 @@ def _sizes(recipe: UpcycleConfig, expert_counts: list[int], intermediate_size: i
             f"Method {recipe.method!r} makes experts of different sizes when the layers have different numbers of them "
             f"(num_experts={recipe.num_experts}). All experts of a model have one size: give one number."
         )
-    return sizes.pop()
+    (result,) = sizes
+    if result.expert != intermediate_size and result.expert % EXPERT_SIZE_MULTIPLE:
+        raise UpcycleError(
+            f"The experts would have an intermediate size of {result.expert}, but the grouped matrix products with which "
+            f"transformers runs experts need a multiple of {EXPERT_SIZE_MULTIPLE}. Cut the {intermediate_size} dense neurons into "
+            "fewer or other parts."
+        )
+    return result
 
 
-def _matrix_flops(model: PreTrainedModel) -> int:
+def _matrix_flops(model: PreTrainedModel, left_out: tuple[str, ...]) -> int:
     """Two operations per weight of every matrix that multiplies a token, each expert once."""
     output = model.get_output_embeddings()
     looked_up = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
@@ -160,5 +214,9 @@ def _matrix_flops(model: PreTrainedModel) -> int:
     return 2 * sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.dim() >= 2 and not name.endswith("bias") and parameter not in looked_up
+        if parameter.dim() >= 2
+        and not name.endswith("bias")
+        and not name.startswith(left_out)
+        and parameter not in looked_up
+        and not (parameter.dim() == 3 and len(parameter) == 1)  # what is added to an image's tokens, not multiplied
     )

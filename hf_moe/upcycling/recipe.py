@@ -10,6 +10,8 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..training.statistics import RoutingStatistics
+from .compose import BASE
 from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
@@ -24,10 +26,10 @@ class UpcycleConfig:
     Args:
         method (`str`, *optional*, defaults to `"copy"`):
             How the experts are made, see `hf_moe.upcycling.methods`: `"copy"`, `"residual"`, `"granular"`, `"drop"`,
-            `"qwen"` or `"split"`.
+            `"qwen"`, `"split"` or `"compose"`.
         num_experts (`int` or `list[int]`, *optional*, defaults to 8):
             Number of routed experts per converted layer. A list has one number per converted layer, and needs a class of
-            hf_moe to hold the result.
+            hf_moe to hold the result. `"compose"` has as many as `experts` has entries.
         num_experts_per_tok (`int`, *optional*, defaults to 2):
             Number of routed experts that serve one token.
         granularity (`int`, *optional*, defaults to 1):
@@ -41,11 +43,23 @@ class UpcycleConfig:
         index_sets (`str`, *optional*, defaults to `"shared"`):
             Whether `"drop"` draws the same neurons anew in all matrices, or `"independent"` ones.
         split_by (`str`, *optional*, defaults to `"random"`):
-            What decides which neurons go together in `"split"`: `"random"` or `"kmeans"` of the gate's rows.
+            What decides which neurons go together in `"split"`: `"random"`, `"kmeans"` of the gate's rows,
+            `"activation"`, by the tokens of the calibration text that they answer to, or `"gradient"`, by the text for
+            which they matter, which needs the dense model in memory.
         num_shared_neurons (`int`, *optional*, defaults to 0):
             Neurons that `"split"` keeps for every token, as a shared expert.
+        experts (`list[str]`, *optional*):
+            The checkpoints that `"compose"` takes its experts from, in their order: folders, Hub ids, ids with a revision
+            as `"owner/name@revision"`, or `"base"` for the source itself (a folder of that name is `"./base"`). One may be
+            listed several times.
+        compose_rest (`str`, *optional*, defaults to `"base"`):
+            Where `"compose"` takes attention, norms and embeddings from: the `"base"`, or the `"mean"` over the checkpoints
+            in `experts`, each counted once. Rows of the embeddings that only some checkpoints have are the mean over those.
         expert_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of the noise that is added to every tensor of an expert, relative to that of the tensor.
+        max_kl (`float`, *optional*):
+            Instead of `expert_noise`: the largest noise is searched for which the mean KL divergence of the result's
+            predictions from the dense model's stays within this bound, in nats, on the text of the proof.
         target (`str`, *optional*, defaults to `"auto"`):
             Class of the result: `"native"` for a class of transformers (Mixtral, Qwen-MoE, Granite-MoE, GLM-4-MoE, ...),
             `"hf_moe"` for the class of hf_moe, `"auto"` for a native class where one represents the result exactly and
@@ -56,9 +70,23 @@ class UpcycleConfig:
         norm_topk_prob (`bool`, *optional*, defaults to `True`):
             Whether the weights of the chosen experts are divided by their sum. `"copy"` is exact only then.
         router_init (`str`, *optional*, defaults to `"normal"`):
-            How the router is initialised, see `hf_moe.upcycling.router_init`: `"normal"`, `"orthogonal"` or `"zero"`.
+            How the router is initialised, see `hf_moe.upcycling.router_init`: `"normal"`, `"orthogonal"` or `"zero"`
+            from the weights alone; `"kmeans"` from text, `"ridge"` and `"domain_embedding"` from one text per expert,
+            `"prompts"` from prompts per expert.
         router_logit_std (`float`, *optional*, defaults to 1.0):
             Standard deviation of the router logits that the initialisation aims at.
+        calibration_text (`str` or `list[str]`, *optional*):
+            Text files, or `.jsonl` files with a field `text`, for what looks at data. `"ridge"` and `"domain_embedding"`
+            take file e as the domain of expert e.
+        calibration_tokens (`int`, *optional*, defaults to 8192):
+            How many tokens of it are used, the same number of each file. They pass through the model at once, so memory
+            grows with them.
+        prompts (`list[dict]`, *optional*):
+            For `router_init="prompts"`, per expert a mapping with the lists `positive` and, if wanted, `negative`.
+        ridge_penalty (`float`, *optional*, defaults to 0.001):
+            Penalty of `"ridge"`, relative to the mean square of the router's inputs, summed over the tokens.
+        router_statistics (`str`, *optional*):
+            The folder `router_statistics` of an earlier conversion with `"ridge"`, whose domains then come first.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
             Coefficient of the load-balancing loss in the result's configuration. The loss is used when the model is
             trained with `output_router_logits=True`.
@@ -66,14 +94,16 @@ class UpcycleConfig:
             Seed of everything random. Shard sizes and resuming do not change the result.
         verify (`str`, *optional*, defaults to `"full"`):
             What is compared with the dense model: `"full"` every converted layer and the logits of the whole model,
-            `"layers"` the layers only, `"none"` nothing.
+            `"layers"` the layers only, `"none"` nothing. With `"compose"` each expert is compared with its own checkpoint,
+            all tokens being sent to it: `"layers"` its feed-forwards, `"per_expert"` the logits too, `"full"` also compares
+            the routed model with the base. Each checkpoint costs two passes of a dense model over a few hundred tokens.
 
     Raises:
         StrictDataclassError: if a field has a wrong type or a value outside its range.
     """
 
     method: str = "copy"
-    num_experts: int | list[int] = 8
+    num_experts: int | list[int] | None = None
     num_experts_per_tok: int = 2
     granularity: int = 1
     scale_on: str = "up_down"
@@ -81,15 +111,27 @@ class UpcycleConfig:
     index_sets: str = "shared"
     split_by: str = "random"
     num_shared_neurons: int = 0
+    experts: list[str] | None = None
+    compose_rest: str = "base"
     expert_noise: float | int = 0.0
+    max_kl: float | int | None = None
     target: str = "auto"
     layers: list[int] | str | None = None
     norm_topk_prob: bool = True
     router_init: str = "normal"
     router_logit_std: float | int = 1.0
+    calibration_text: str | list[str] | None = None
+    calibration_tokens: int = 8192
+    prompts: list[dict[str, list[str]]] | None = None
+    ridge_penalty: float | int = 1e-3
+    router_statistics: str | None = None
     router_aux_loss_coef: float | int = 0.01
     seed: int = 0
     verify: str = "full"
+
+    def __post_init__(self):
+        if self.num_experts is None:
+            self.num_experts = 8 if self.experts is None else len(self.experts)
 
     def validate_choices(self):
         choices: dict[str, list[str]] = {
@@ -97,9 +139,10 @@ class UpcycleConfig:
             "target": ["auto", "native", "hf_moe"],
             "scale_on": ["up_down", "down", "megatron"],
             "index_sets": ["shared", "independent"],
-            "split_by": ["random", "kmeans"],
+            "split_by": ["random", "kmeans", "activation", "gradient"],
+            "compose_rest": ["base", "mean"],
             "router_init": sorted(ROUTER_INITIALIZERS),
-            "verify": ["full", "layers", "none"],
+            "verify": ["full", "layers", "per_expert", "none"],
         }
         for field, allowed in choices.items():
             value = getattr(self, field)
@@ -116,10 +159,10 @@ class UpcycleConfig:
                 f"`num_experts_per_tok` (top-k) must lie between 1 and `num_experts` ({min(self.expert_counts)}), got "
                 f"{self.num_experts_per_tok}."
             )
-        for field, smallest in (("granularity", 1), ("num_shared_neurons", 0)):
+        for field, smallest in (("granularity", 1), ("num_shared_neurons", 0), ("calibration_tokens", 1)):
             if getattr(self, field) < smallest:
                 raise ValueError(f"`{field}` must be at least {smallest}, got {getattr(self, field)}.")
-        for field in ("router_logit_std", "router_aux_loss_coef", "expert_noise"):
+        for field in ("router_logit_std", "router_aux_loss_coef", "expert_noise", "ridge_penalty"):
             value = getattr(self, field)
             if not 0 <= value < float("inf"):
                 raise ValueError(f"`{field}` must be a finite number and not negative, got {value}.")
@@ -140,6 +183,8 @@ class UpcycleConfig:
             "index_sets": ("drop",),
             "split_by": ("split",),
             "num_shared_neurons": ("split",),
+            "experts": ("compose",),
+            "compose_rest": ("compose",),
         }
         for field, methods in used_by.items():
             default = type(self).__dataclass_fields__[field].default
@@ -155,10 +200,68 @@ class UpcycleConfig:
                 f"use; {self.split_by!r} does not look at tokens."
             )
 
+    def validate_noise(self):
+        if self.max_kl is None:
+            return
+        if not 0 < self.max_kl < float("inf"):
+            raise ValueError(f"`max_kl` must be a positive number of nats, got {self.max_kl}.")
+        if self.expert_noise:
+            raise ValueError(f"`max_kl` searches for the noise: leave `expert_noise` out (got {self.expert_noise}).")
+        if METHODS[self.method].noise_is_silent:
+            raise ValueError(f"`max_kl` has no effect on method {self.method!r}, whose experts are silent at first.")
+
+    def validate_data(self):
+        needs = ROUTER_INITIALIZERS[self.router_init].needs
+        if self.prompts is not None and needs != "prompts":
+            raise ValueError(f"`prompts` has no effect on router_init={self.router_init!r}, only on 'prompts'.")
+        for expert_index, entry in enumerate(self.prompts or []):
+            if unknown := sorted(set(entry) - {"positive", "negative"}):
+                raise ValueError(
+                    f"`prompts` of expert {expert_index} may have 'positive' and 'negative', got {unknown}."
+                )
+            if not entry.get("positive") or not all(prompt.strip() for kind in entry.values() for prompt in kind):
+                raise ValueError(
+                    f"`prompts` of expert {expert_index} need at least one 'positive', and none that is empty."
+                )
+        for field in ("ridge_penalty", "router_statistics"):
+            if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.router_init != "ridge":
+                raise ValueError(f"`{field}` has no effect on router_init={self.router_init!r}, only on 'ridge'.")
+        by_text = needs in ("text", "domains") or (
+            self.method == "split" and self.split_by in ("activation", "gradient")
+        )
+        if self.calibration_text is not None and not by_text:
+            raise ValueError(
+                f"`calibration_text` has no effect on router_init={self.router_init!r} and method {self.method!r}: neither "
+                "looks at text."
+            )
+
+    @property
+    def calibration_files(self) -> list[str]:
+        """`calibration_text` as a list, which may be empty."""
+        return [self.calibration_text] if isinstance(self.calibration_text, str) else self.calibration_text or []
+
+    def validate_experts(self):
+        if self.verify == "per_expert" and self.method != "compose":
+            raise ValueError(
+                "`verify`='per_expert' is for method 'compose', whose experts have checkpoints of their own."
+            )
+        if self.method != "compose":
+            return
+        if not self.experts or not all(self.experts) or set(self.experts) == {BASE}:
+            raise ValueError(
+                "Method 'compose' needs `experts`: folders or Hub ids, at least one of them another model than 'base' (the "
+                f"source), got {self.experts}."
+            )
+        if self.num_experts != len(self.experts):
+            raise ValueError(
+                f"Method 'compose' makes one expert of each of the {len(self.experts)} entries in `experts`, in every layer: "
+                f"leave `num_experts` out, or make the two agree (got {self.num_experts})."
+            )
+
     @property
     def expert_counts(self) -> list[int]:
         """`num_experts` as a list: of one number for all layers, or of one per converted layer."""
-        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        return self.num_experts if isinstance(self.num_experts, list) else [self.num_experts or 0]
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "UpcycleConfig":
@@ -228,9 +331,16 @@ class UpcycleReport:
         exact (`bool`): Whether the result was measured to compute what the dense model computes, within 1e-5 in float32.
             False as well if nothing was measured.
         max_relative_error (`float`, *optional*): Largest difference in float32, divided by the largest value: of the
-            logits, or of the layers' outputs with `verify="layers"`. None if nothing was measured.
+            logits, or of the layers' outputs with `verify="layers"`. None if the dense model was not compared.
+        expert_errors (`dict[str, float]`, *optional*): With method `"compose"`, the largest difference in float32 between
+            each checkpoint in `experts` and its expert alone, by entry, divided by the largest value: of the logits, or of
+            the layers' outputs with `verify="layers"`. None with other methods, or if nothing was measured.
         parity (`dict`, *optional*): Everything that was measured, per data type and per layer, see
-            [`~hf_moe.upcycling.parity.measure_parity`].
+            [`~hf_moe.upcycling.parity.measure_parity`], and as `"per_expert"`
+            [`~hf_moe.upcycling.expert_parity.measure_expert_parity`].
+        routing ([`~hf_moe.training.statistics.RoutingStatistics`], *optional*): Which experts the routers chose for the text
+            that was compared, before any training. None if nothing was compared.
+        expert_noise (`float`): The noise that was added to the experts, found if the recipe has `max_kl`.
         num_parameters (`int`): Parameters of the result.
         num_active_parameters (`int`): Parameters that one token uses.
         bytes_written (`int`): Bytes of the weight files.
@@ -241,7 +351,10 @@ class UpcycleReport:
     model_type: str
     exact: bool
     max_relative_error: float | None
+    expert_errors: dict[str, float] | None
     parity: dict[str, Any] | None
+    routing: RoutingStatistics | None
+    expert_noise: float
     num_parameters: int
     num_active_parameters: int
     bytes_written: int

@@ -3,17 +3,23 @@
 The first weights of a router.
 
 An initialiser is one function decorated with [`router_initializer`], which enters it in `ROUTER_INITIALIZERS`. It makes
-one row per expert, or per copy where several experts are the parts of one.
+one row per expert, or per copy where several experts are the parts of one. Those in this file look at weights alone, those
+in `router_data.py` at hidden states.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import UpcycleError
 from .feed_forward import LayerContext
+
+
+ROUTER_ROWS = "router_rows"
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,17 @@ class RouterInitializer:
     An entry of `ROUTER_INITIALIZERS`.
 
     Args:
-        build: From the number of rows, the [`RouterInput`] and the layer's context to the rows `(R, H)` in float32.
+        build: From the number of rows R, what is known of the router's inputs and the layer's context to the rows `(R, H)`
+            in float32. What is known is a [`RouterInput`], or what was [`Seen`] if the initialiser needs text.
+        needs (`str`, *optional*): `"text"` for calibration text, `"domains"` for one text per row, `"prompts"` for prompts
+            per row; None for weights alone.
+        of_layer (`bool`): Whether what is seen are the router's inputs of the layer, or the model's last hidden states.
         paper (`str`, *optional*): Where it was proposed.
     """
 
-    build: Callable[[int, "RouterInput", LayerContext], torch.Tensor]
+    build: Callable[[int, Any, LayerContext], torch.Tensor]
+    needs: str | None
+    of_layer: bool
     paper: str | None
 
 
@@ -46,16 +58,40 @@ class RouterInput:
     shift: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """
+    Hidden states of calibration text, padding left out, in float32.
+
+    Args:
+        inputs_TH (`torch.Tensor` of shape `(T, H)`): What the feed-forward, and so the router, gets.
+        sequence_T (`torch.Tensor` of shape `(T,)`): Which sequence each token belongs to, counted from 0.
+        domain_T (`torch.Tensor` of shape `(T,)`): Which text, or which expert's prompts, each token belongs to.
+        num_domains (`int`): Number of texts, or of experts with prompts.
+        is_negative_T (`torch.Tensor` of shape `(T,)`): Whether the token belongs to a negative prompt.
+        folder (`Path`, *optional*): Where what must be kept for later is written; None if nothing is.
+    """
+
+    inputs_TH: torch.Tensor
+    sequence_T: torch.Tensor
+    domain_T: torch.Tensor
+    num_domains: int
+    is_negative_T: torch.Tensor
+    folder: Path | None = None
+
+
 ROUTER_INITIALIZERS: dict[str, RouterInitializer] = {}
 
 
-def router_initializer(name: str, *, paper: str | None = None) -> Callable:
+def router_initializer(
+    name: str, *, needs: str | None = None, of_layer: bool = True, paper: str | None = None
+) -> Callable:
     """Enter the decorated function in `ROUTER_INITIALIZERS`; the arguments are those of [`RouterInitializer`]."""
 
-    def register(build: Callable[[int, RouterInput, LayerContext], torch.Tensor]):
+    def register(build: Callable[[int, Any, LayerContext], torch.Tensor]):
         if name in ROUTER_INITIALIZERS:
             raise ValueError(f"There is a router initialiser {name!r} already.")
-        ROUTER_INITIALIZERS[name] = RouterInitializer(build, paper)
+        ROUTER_INITIALIZERS[name] = RouterInitializer(build, needs, of_layer, paper)
         return build
 
     return register
@@ -64,7 +100,10 @@ def router_initializer(name: str, *, paper: str | None = None) -> Callable:
 def build_router(router_input: RouterInput, experts_per_copy: int, context: LayerContext) -> torch.Tensor:
     """The weight of a layer's router `(E, H)` in float32; the parts of one copy share a row."""
     initializer = ROUTER_INITIALIZERS[context.recipe.router_init]
-    rows = initializer.build(context.num_experts // experts_per_copy, router_input, context)
+    if initializer.needs is None:
+        rows = initializer.build(context.num_experts // experts_per_copy, router_input, context)
+    else:
+        rows = context.observations[ROUTER_ROWS]
     return rows.repeat_interleave(experts_per_copy, dim=0)
 
 

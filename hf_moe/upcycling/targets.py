@@ -8,13 +8,16 @@ configuration over, or refuses with the name of the one it cannot carry.
 
 import copy
 import dataclasses
+import functools
 import importlib
+import json
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .errors import UpcycleError
@@ -40,6 +43,13 @@ def find_family(config: PreTrainedConfig) -> Family:
                 f"The source is a mixture of experts already (model_type {config.model_type!r}, {field}="
                 f"{getattr(config, field)}). Upcycling starts from a dense model."
             )
+    text_config = config.get_text_config()
+    if text_config is not config and text_config.model_type in FAMILIES:
+        raise UpcycleError(
+            f"The source (model_type {config.model_type!r}) understands more than text, and only its text model "
+            f"({text_config.model_type!r}) can be upcycled. Put that into a model of its own, made with "
+            "`config.text_config`, and save it first."
+        )
     if config.model_type not in FAMILIES:
         raise UpcycleError(
             f"model_type {config.model_type!r} cannot be upcycled yet. Supported are {sorted(FAMILIES)}; CONTRIBUTING.md "
@@ -71,9 +81,19 @@ def dense_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def meta_model(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without values, to ask for names, shapes and counts."""
-    with torch.device("meta"):
-        return cls(config)
+    """A model without values, to ask for names, shapes and counts; the same one whatever the data type."""
+    classes: Any = (cls, type(config))
+    values = {name: value for name, value in config.to_dict().items() if name != "dtype"}
+    return _meta_model(classes, json.dumps(values, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _meta_model(classes: tuple[Any, Any], config: str) -> PreTrainedModel:
+    model_class, config_class = classes
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config_class.from_dict(json.loads(config)))
+        model.tie_weights()
+        return model
 
 
 def layer_prefix(family: Family, model: PreTrainedModel) -> str:
@@ -195,7 +215,7 @@ def find_sparse_layers(dense_config: PreTrainedConfig, recipe: UpcycleConfig) ->
     if outside := [index for index in layers if not 0 <= index < count]:
         raise UpcycleError(f"`layers` names {outside}, but the model has layers 0 to {count - 1}.")
     if not isinstance(recipe.num_experts, list):
-        return dict.fromkeys(layers, recipe.num_experts)
+        return dict.fromkeys(layers, recipe.expert_counts[0])
     if len(recipe.num_experts) != len(layers):
         raise UpcycleError(
             f"`num_experts` must have one number per converted layer ({len(layers)}), got {len(recipe.num_experts)}."

@@ -1,32 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
 
-import errno
+import dataclasses
+import functools
 import json
-import math
-import shutil
-import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-from filelock import Timeout
-from huggingface_hub.utils import WeakFileLock, tqdm
-from transformers import GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
+from huggingface_hub import CardData
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
-from ..hub.card import read_parent_card, write_model_card
+from ..hub.card import licence, read_parent_card, write_model_card
+from ..training.statistics import RoutingStatistics
 from ..version import __version__
-from .checkpoint import Checkpoint
-from .convert import DenseTensors, Step, in_memory_names, plan_steps
+from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
+from .checkpoint import Checkpoint, load_tokenizer
+from .compose import BASE, parse_expert
+from .convert import Step, plan_steps
 from .errors import UpcycleError
+from .expert_parity import check_expert_parity, largest_error, measure_expert_parity
+from .feed_forward import FeedForward
 from .legacy_config import add_legacy_keys
 from .methods import METHODS
-from .parity import FLOAT32_BOUND, Sample, Side, check_parity, draw_sample, measure_parity, summarize
+from .noise import find_expert_noise
+from .output import OutputFolder, write_model_files, write_provenance
+from .parents import Composition, compose_parents, open_experts, open_parent
+from .parity import FLOAT32_BOUND, check_parity, measure_parity, summarize
 from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleReport
-from .targets import dense_class, find_family, find_head, meta_model, target_class
-from .writer import JOURNAL, ShardWriter
+from .ridge import RIDGE_FOLDER
+from .sample import Sample, describe_sample, draw_sample
+from .streaming import Side, streamed_model
+from .targets import dense_class, find_family, layer_prefix, meta_model
+from .writer import ShardWriter
+
+
+logger = logging.get_logger(__name__)
+OBSERVATIONS, NOISE = ".upcycle-observations.safetensors", ".upcycle-noise"
 
 
 def upcycle(
@@ -48,7 +63,7 @@ def upcycle(
     of the class if it is ours, `hf_moe.json` (recipe, parent, parity) and a model card.
 
     Args:
-        source (`str` or `Path`): The dense model, a folder or a Hub id.
+        source (`str` or `Path`): The dense model, a folder or a Hub id. With method `"compose"` the base of the experts.
         output_dir (`str` or `Path`): The folder to write.
         config (`UpcycleConfig`, *optional*): The recipe. The default one if None.
         revision (`str`, *optional*): Branch, tag or commit of a Hub source.
@@ -75,60 +90,79 @@ def upcycle(
     recipe = config or UpcycleConfig()
     # All that can be refused is refused before anything large is downloaded, read or written.
     plan_upcycle(source, recipe, revision=revision)
-    given_dir, output_dir = Path(output_dir), Path(output_dir).resolve()
-    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
-    _check_output(output_dir, incomplete, source, overwrite)
+    sources = [source, *(parse_expert(entry)[0] for entry in recipe.experts or [] if entry != BASE)]
+    output = OutputFolder(output_dir, sources, overwrite)
     checkpoint = Checkpoint(source, revision)
+    base = open_parent(BASE, checkpoint)
     checkpoint.config.dtype = checkpoint.main_dtype()
-    plan = plan_upcycle(checkpoint.config, recipe)
-    dense_model = meta_model(dense_class(checkpoint.config), checkpoint.config)
-    checkpoint.rename(in_memory_names(list(checkpoint), dense_model))
-    dense = DenseTensors({name: checkpoint.dtype_and_shape(name) for name in checkpoint}, checkpoint.read)
-    steps = plan_steps(dense, checkpoint.config, plan, recipe, plan.target.layout)
-    parent_data = read_parent_card(checkpoint.folder / "README.md")
-    sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
-    parent = {"name": checkpoint.name, "revision": checkpoint.revision, "sha256": checkpoint.sha256(progress)}
+    experts = open_experts(recipe)
+    plan = plan_upcycle(checkpoint.config, recipe, experts={entry: expert.config for entry, expert in experts.items()})
+    for warning in plan.warnings:
+        logger.warning(warning)
+    checkpoints = {BASE: checkpoint, **experts}
+    digests = {
+        entry: _in_background(functools.partial(opened.sha256, progress)) for entry, opened in checkpoints.items()
+    }
+    parents = {BASE: base, **{entry: open_parent(entry, expert) for entry, expert in experts.items()}}
+    composition = compose_parents(parents, recipe)
+    observations: Observations = {index: {} for index in plan.experts_in_layer}
 
-    incomplete.mkdir(parents=True, exist_ok=True)
-    lock = output_dir.with_name(f".{output_dir.name}.upcycle.lock")
-    try:
-        with WeakFileLock(lock, timeout=0.1):
-            if overwrite and (incomplete / JOURNAL).exists():
-                shutil.rmtree(incomplete)
-                incomplete.mkdir()
-            writer = ShardWriter(incomplete, steps, max_shard_size, _fingerprint(recipe, parent))
-            _check_space(incomplete, writer.total_bytes, checkpoint)
-            _write_weights(writer, steps, progress)
-            _write_other_files(incomplete, checkpoint, plan)
-            parity = None
-            if sample is not None:
-                parity = _prove(checkpoint, incomplete, plan, recipe, sample, writer, progress)
-            provenance = _provenance(recipe, plan, checkpoint, parent, parity)
-            text = json.dumps(_without_infinities(provenance), indent=2, allow_nan=False)
-            (incomplete / "hf_moe.json").write_text(text + "\n", encoding="utf-8")
-            write_model_card(incomplete, provenance, parent_data)
-            _publish(incomplete, output_dir, overwrite)
-            lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise UpcycleError(
-            f"Another process is writing {output_dir}. Wait for it, or choose another folder."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise UpcycleError(
-            f"Writing to {incomplete} failed: {error.strerror}. The weights of the result take "
-            f"{sum(step.num_bytes for step in steps):,} bytes. Make room and run the same command again: it goes on where it "
-            "stopped."
-        ) from error
+    def steps_for(wanted: UpcycleConfig) -> list[Step]:
+        dense, config = composition.dense, composition.config
+        return plan_steps(dense, config, plan, wanted, plan.target.layout, observations, composition.experts)
 
-    max_relative_error = None if parity is None else summarize(parity)
+    steps = steps_for(recipe)
+    calibration = None
+    if needs_calibration(recipe):
+        max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
+        calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
+    sample = draw_sample(checkpoint, recipe)
+    cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
+    described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
+
+    with output.locked() as incomplete:
+        writer = output.open(steps, checkpoint, _fingerprint(recipe, described), max_shard_size)
+        if calibration is not None:
+            found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
+            for index, tensors in found.items():
+                observations[index].update(tensors)
+        expert_noise = float(recipe.expert_noise)
+        if recipe.max_kl is not None:
+            side = Side(dense_class(checkpoint.config), checkpoint, find_family(checkpoint.config).layers)
+            expert_noise = _find_noise(incomplete, side, plan, recipe, sample, steps_for, progress)
+            steps = steps_for(dataclasses.replace(recipe, expert_noise=expert_noise, max_kl=None))
+        output.write_weights(writer, steps, progress)
+        model = meta_model(plan.model_class, plan.config)
+        write_model_files(incomplete, model, plan.config, checkpoint, checkpoints[composition.tokenizer])
+        if plan.native:
+            add_legacy_keys(incomplete / "config.json", plan.config)
+        parity = None
+        if recipe.verify != "none":
+            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
+        provenance = {**_provenance(recipe, plan, checkpoint, described, parity), "expert_noise": expert_noise}
+        write_provenance(incomplete, provenance)
+        write_model_card(incomplete, provenance, cards[BASE])
+        for name in (OBSERVATIONS, NOISE):
+            (incomplete / name).unlink(missing_ok=True)
+        output.publish()
+
+    max_relative_error = None if parity is None or "float32" not in parity else summarize(parity)
+    expert_errors = None
+    if parity is not None and recipe.experts:
+        expert_errors = {recipe.experts[row["experts"][0]]: largest_error(row) for row in parity["per_expert"]}
+    routing = None
+    if parity is not None and "routing" in parity:
+        routing = RoutingStatistics.from_dict(parity["routing"])
+        _warn_of_dead_experts(routing)
     return UpcycleReport(
-        output_dir=given_dir,
+        output_dir=output.given,
         model_type=plan.model_type,
         exact=max_relative_error is not None and max_relative_error <= FLOAT32_BOUND,
         max_relative_error=max_relative_error,
+        expert_errors=expert_errors,
         parity=parity,
+        routing=routing,
+        expert_noise=expert_noise,
         num_parameters=plan.num_parameters,
         num_active_parameters=plan.num_active_parameters,
         bytes_written=writer.total_bytes,
@@ -136,34 +170,50 @@ def upcycle(
     )
 
 
-def _check_output(output_dir: Path, incomplete: Path, source: str | Path, overwrite: bool) -> None:
-    dense = Path(source).resolve()
-    for folder in (output_dir, incomplete):
-        if Path(source).is_dir() and dense.is_relative_to(folder):
-            raise UpcycleError(
-                f"{folder}, which would be written, holds the source {source}. Choose another output folder."
-            )
-        if folder.exists() and not folder.is_dir():
-            raise UpcycleError(f"{folder} exists and is no folder. Choose another output folder.")
-    if output_dir.is_mount() or output_dir == output_dir.parent:
-        raise UpcycleError(
-            f"{output_dir} is a mount point, which cannot be put in place at once. Choose a folder inside it."
-        )
-    if output_dir.exists() and any(output_dir.iterdir()) and not overwrite:
-        raise UpcycleError(
-            f"The output folder {output_dir} exists and is not empty. Choose another one, or pass overwrite=True "
-            "(--overwrite) to replace it."
+def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Start `function` in a thread that does not keep the process alive; what is returned waits for its result."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result
+
+
+def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
+    dead = {name: layer.dead_experts for name, layer in routing.layers.items() if layer.dead_experts}
+    if dead:
+        name, experts = next(iter(dead.items()))
+        logger.warning(
+            f"In {len(dead)} of {len(routing.layers)} layers some experts got none of {routing[name].num_tokens} tokens, for "
+            f"example {experts} of {name}. They get no gradient either: another `router_init`, a smaller `router_logit_std` or "
+            "the load-balancing loss spreads the tokens."
         )
 
 
-def _fingerprint(recipe: UpcycleConfig, parent: dict[str, Any]) -> str:
+def _describe(checkpoint: Checkpoint, card: CardData | None, sha256: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "license": licence(card),
+        "sha256": sha256,
+    }
+
+
+def _fingerprint(recipe: UpcycleConfig, parents: dict[str, dict[str, Any]]) -> str:
     """What an interrupted conversion must share with the one that goes on with it."""
     weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
-    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": parent["sha256"]})
+    sha256 = {entry: parent["sha256"] for entry, parent in parents.items()}
+    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": sha256})
 
 
 def _prove(
-    checkpoint: Checkpoint,
+    checkpoints: dict[str, Checkpoint],
+    composition: Composition,
     incomplete: Path,
     plan: UpcyclePlan,
     recipe: UpcycleConfig,
@@ -172,78 +222,123 @@ def _prove(
     progress: bool,
 ) -> dict[str, Any]:
     """Measure the parity of what was written; fail if the method is exact and the files are not."""
+    checkpoint = checkpoints[BASE]
     layers = find_family(checkpoint.config).layers
-    parity = measure_parity(
-        Side(dense_class(checkpoint.config), checkpoint, layers),
-        Side(target_class(plan.target, find_head(checkpoint.config)), Checkpoint(incomplete), layers),
-        plan,
-        sample,
-        whole_model=recipe.verify == "full",
-        progress=progress,
-    )
-    if plan.exact:
-        try:
+    dense = Side(dense_class(checkpoint.config), checkpoint, layers)
+    result = Side(plan.model_class, Checkpoint(incomplete), layers)
+    if recipe.experts and recipe.verify != "full":
+        parity = describe_sample(sample, checkpoint.config)
+    else:
+        parity = measure_parity(dense, result, plan, sample, whole_model=recipe.verify == "full", progress=progress)
+    if recipe.experts:
+        parity["per_expert"] = measure_expert_parity(
+            checkpoints, result, plan, recipe, sample, rounded_from=composition.rounded_from, progress=progress
+        )
+    try:
+        if plan.exact:
             check_parity(parity, incomplete)
-        except UpcycleError:
-            writer.journal.unlink()  # never go on from files that failed
-            raise
+        if recipe.experts:
+            check_expert_parity(parity["per_expert"], recipe, composition.rounded_from, incomplete)
+    except UpcycleError:
+        writer.journal.unlink()  # never go on from files that failed
+        raise
     return parity
 
 
-def _check_space(folder: Path, needed: int, checkpoint: Checkpoint) -> None:
-    there = sum(path.stat().st_size for path in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    if needed - there > free:
-        raise UpcycleError(
-            f"The result of {checkpoint.name} needs {needed:,} bytes, but only {free:,} are free at {folder.parent}. Make "
-            "room, choose another output folder, or ask for fewer experts."
-        )
+def _observe(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    plan: UpcyclePlan,
+    recipe: UpcycleConfig,
+    incomplete: Path,
+    progress: bool,
+) -> Observations:
+    """What the calibration text shows; an interrupted run left it on disk, so that the rest fits what is written."""
+    path = incomplete / OBSERVATIONS
+    if path.exists():
+        observations: Observations = {}
+        for name, tensor in load_file(path).items():
+            index, _, key = name.partition(".")
+            observations.setdefault(int(index), {})[key] = tensor
+        return observations
+    family = find_family(checkpoint.config)
+    model_class, dtype = dense_class(checkpoint.config), checkpoint.config.dtype
+    if recipe.method == "split" and recipe.split_by == "gradient":
+        if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+            raise UpcycleError(
+                f"split_by='gradient' needs the loss of a causal language model, not of {model_class.__name__}."
+            )
+        model = model_class.from_pretrained(checkpoint.folder, dtype=dtype)
+    else:
+        model = streamed_model(Side(model_class, checkpoint, family.layers), checkpoint.config, dtype)
+    layers = layer_prefix(family, model)
+
+    def read_feed_forward(index: int) -> FeedForward:
+        names = family.feed_forward.tensors(f"{layers}{index}.", dict.fromkeys(checkpoint))
+        return family.feed_forward.read(f"{layers}{index}.", {name: checkpoint.read(name) for name in names})
+
+    observations = calibrate(
+        model,
+        calibration,
+        family,
+        plan,
+        recipe,
+        read_feed_forward,
+        folder=incomplete / RIDGE_FOLDER,
+        progress=progress,
+    )
+    tensors = {f"{index}.{key}": tensor for index, found in observations.items() for key, tensor in found.items()}
+    save_file(tensors, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+    return observations
 
 
-def _write_weights(writer: ShardWriter, steps: list[Step], progress: bool) -> None:
-    with tqdm(
-        total=writer.total_bytes,
-        desc="Resuming" if writer.checksums else "Upcycling",
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
-        for step in steps:
-            if writer.is_done(step):
-                bar.update(step.num_bytes)
-                continue
-            for num_bytes in writer.write(step):
-                bar.update(num_bytes)
-    writer.write_index()
-
-
-def _write_other_files(folder: Path, checkpoint: Checkpoint, plan: UpcyclePlan) -> None:
-    model = meta_model(target_class(plan.target, find_head(checkpoint.config)), plan.config)
-    plan.config.architectures = [plan.architecture]
-    if not plan.native:
-        custom_object_save(model, folder, config=plan.config)
-    plan.config.save_pretrained(folder)
-    if plan.native:
-        add_legacy_keys(folder / "config.json", plan.config)
-    for path in checkpoint.auxiliary_files():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / path, folder / path)
-    if model.can_generate() and not (folder / "generation_config.json").exists():
-        GenerationConfig.from_model_config(plan.config).save_pretrained(folder)
+def _find_noise(
+    incomplete: Path,
+    dense: Side,
+    plan: UpcyclePlan,
+    recipe: UpcycleConfig,
+    sample: Sample,
+    steps_for: Callable[[UpcycleConfig], list[Step]],
+    progress: bool,
+) -> float:
+    """The noise that `max_kl` allows; an interrupted run left it on disk, so that the rest fits what is written."""
+    path = incomplete / NOISE
+    if not path.exists():
+        if plan.architecture.endswith("Model"):
+            raise UpcycleError(
+                f"`max_kl` compares predictions, and {plan.architecture} makes none. Give `expert_noise`."
+            )
+        noise = find_expert_noise(dense, plan, recipe, sample, steps_for, progress=progress)
+        path.with_suffix(".partial").write_text(repr(noise), encoding="utf-8")
+        path.with_suffix(".partial").rename(path)
+    return float(path.read_text(encoding="utf-8"))
 
 
 def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
     checkpoint: Checkpoint,
-    parent: dict[str, Any],
+    parents: dict[str, dict[str, Any]],
     parity: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    values, experts = recipe.to_dict(), {}
+    if recipe.experts:
+        # Where a folder lies on somebody's disk is of no use to readers of the card.
+        names = {entry: "@".join(filter(None, (of["name"], of["revision"]))) for entry, of in parents.items()}
+        values["experts"] = [entry if entry == BASE else names[entry] for entry in recipe.experts]
+        experts = {"experts": [parents[entry] for entry in recipe.experts]}
     return {
         "hf_moe_version": __version__,
-        "recipe": recipe.to_dict(),
+        "recipe": values,
         "paper": METHODS[recipe.method].paper,
-        "parent": {**parent, "model_type": checkpoint.config.model_type, "num_parameters": plan.num_dense_parameters},
+        "parent": {
+            **parents[BASE],
+            "model_type": checkpoint.config.model_type,
+            "num_parameters": plan.num_dense_parameters,
+            "config": json.loads(checkpoint.config.to_json_string()),
+        },
+        **experts,
         "result": {
             "model_type": plan.model_type,
             "architecture": plan.architecture,
@@ -257,26 +352,3 @@ def _provenance(
         },
         "parity": parity,
     }
-
-
-def _without_infinities(value: Any) -> Any:
-    """JSON has no infinity, but a model whose values overflow in float16 measures one: null stands for it."""
-    if isinstance(value, dict):
-        return {name: _without_infinities(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _publish(incomplete: Path, output_dir: Path, overwrite: bool) -> None:
-    """Put the finished folder in its place; a folder that stood there goes only once the new one is in place."""
-    replaced = None
-    if output_dir.exists() and any(output_dir.iterdir()):
-        if not overwrite:
-            raise UpcycleError(f"{output_dir} was filled meanwhile. The finished result is in {incomplete}.")
-        replaced = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.replaced-"))
-        output_dir.rename(replaced / output_dir.name)
-    elif output_dir.exists():
-        output_dir.rmdir()
-    incomplete.rename(output_dir)
-    (output_dir / JOURNAL).unlink()
-    if replaced is not None:
-        shutil.rmtree(replaced)

@@ -11,6 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -82,6 +83,7 @@ class ShardWriter:
         """Write a step, yielding the number of bytes after each piece, and enter it in the journal."""
         checksums, written = dict.fromkeys(step.tensors, 0), dict.fromkeys(step.tensors, 0)
         with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(max_workers=1))
             files = {
                 file: stack.enter_context((self.folder / file).open("r+b", buffering=0))
                 for file in {self.start[name][0] for name in step.tensors}
@@ -94,9 +96,10 @@ class ShardWriter:
                     raise RuntimeError(
                         f"Pieces of {piece.name!r} must come in order: {offset} != {written[piece.name]}."
                     )
+                checksum = pool.submit(zlib.crc32, data, checksums[piece.name])
                 files[file].seek(start + offset)
                 _write_all(files[file], data)
-                checksums[piece.name] = zlib.crc32(data, checksums[piece.name])
+                checksums[piece.name] = checksum.result()
                 written[piece.name] += len(data)
                 yield len(data)
         for name, count in written.items():

@@ -33,6 +33,37 @@ def test_help_names_every_command():
     assert all(name in run.stdout for name in ("plan", "upcycle", "inspect"))
 
 
+def test_any_field_can_be_set(dense):
+    run = hf_moe(
+        "plan",
+        dense,
+        "--method",
+        "granular",
+        "--set",
+        "granularity=2",
+        "--set",
+        "num_experts=[4, 8]",
+        "--layers",
+        "0-1",
+        "--json",
+    )
+    plan = json.loads(run.stdout)
+    assert plan["model_type"] == "moe_llama"
+    for argument, message in (("granularit=2", "--set takes field=value with a field of"), ("seed", "got 'seed'")):
+        run = hf_moe("plan", dense, "--set", argument)
+        assert run.returncode == 1
+        assert message in run.stderr
+
+
+def test_plan_with_advice(dense):
+    run = hf_moe("plan", dense, "--num-experts", 4, "--tokens", "50B", "--json")
+    plan = json.loads(run.stdout)
+    assert plan["advised_method"] == "copy"
+    assert "2603.13364" in plan["evidence"][0]["source"]
+    assert plan["bytes_to_train"] == 16 * plan["num_parameters"]
+    assert "2603.13364" in hf_moe("plan", dense, "--tokens", "50B").stdout
+
+
 def test_plan(dense):
     run = hf_moe("plan", dense, "--num-experts", 4, "--layers", "0-1", "--json")
     plan = json.loads(run.stdout)
@@ -65,6 +96,24 @@ def test_upcycle_and_inspect(dense, tmp_path):
     assert statistics == printed
     assert statistics["layers"]["model.layers.0.mlp.gate"]["num_tokens"] == 300
     assert "300 tokens" in run.stderr
+
+
+def test_compose(dense, tmp_path):
+    (tmp_path / "recipe.yml").write_text("method: compose\nexperts: [base, gone]\ncompose_rest: mean\nseed: 3\n")
+    arguments = ("upcycle", dense, tmp_path / "moe", "--recipe", tmp_path / "recipe.yml", "--verify", "per_expert")
+    run = hf_moe(*arguments, "--expert", dense, "--expert", "base", "--expert", dense, "--json")
+    assert run.returncode == 0, run.stderr
+    errors = json.loads(run.stdout)["expert_errors"]
+    assert list(errors) == [str(dense), "base"]
+    assert max(errors.values()) < 1e-5
+    recipe = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())["recipe"]
+    assert recipe["experts"] == [dense.name, "base", dense.name]
+    assert (recipe["num_experts"], recipe["compose_rest"], recipe["seed"]) == (3, "mean", 3)
+    run = hf_moe(*arguments, "--expert", dense, "--expert", "base", "--overwrite", "--format", "human")
+    assert f"e-07 ({dense})" in run.stdout
+    run = hf_moe("plan", dense, "--method", "compose", "--expert", "base", "--expert", tmp_path / "gone")
+    assert "No configuration at" in run.stderr
+    assert run.returncode == 1
 
 
 @pytest.mark.parametrize(

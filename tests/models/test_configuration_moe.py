@@ -2,11 +2,14 @@
 """Fields, validation and the auto_map."""
 
 import pytest
-from conftest import FAMILIES, moe_config
+import torch
+import transformers
+from conftest import FAMILIES, dense_config, moe_class, moe_config
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-import hf_moe
+
+TASKS = ("CausalLM", "SequenceClassification", "TokenClassification")
 
 
 def test_defaults_and_round_trip(family, tmp_path):
@@ -15,7 +18,7 @@ def test_defaults_and_round_trip(family, tmp_path):
     assert config.num_local_experts == config.num_experts == 4
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
-    assert type(loaded) is getattr(hf_moe, f"Moe{FAMILIES[family]}Config")
+    assert type(loaded) is moe_class(family, "Config")
     ours, theirs = config.to_dict(), loaded.to_dict()
     for name in ("transformers_version", "_name_or_path"):
         ours.pop(name, None), theirs.pop(name, None)
@@ -24,13 +27,28 @@ def test_defaults_and_round_trip(family, tmp_path):
 
 def test_auto_map_names_every_class_of_the_family(family):
     name = FAMILIES[family]
+    auto_classes = ["AutoModel", *(f"AutoModelFor{task}" for task in TASKS)]
+    # Those in which transformers has the dense family.
+    heads = {
+        auto_class: auto_class.removeprefix("AutoModel") or "Model"
+        for auto_class in auto_classes
+        if type(dense_config(family)) in getattr(transformers, auto_class)._model_mapping
+    }
     assert moe_config(family).auto_map == {
         "AutoConfig": f"configuration_moe_{family}.Moe{name}Config",
-        "AutoModel": f"modeling_moe_{family}.Moe{name}Model",
-        "AutoModelForCausalLM": f"modeling_moe_{family}.Moe{name}ForCausalLM",
-        "AutoModelForSequenceClassification": f"modeling_moe_{family}.Moe{name}ForSequenceClassification",
-        "AutoModelForTokenClassification": f"modeling_moe_{family}.Moe{name}ForTokenClassification",
+        **{auto_class: f"modeling_moe_{family}.Moe{name}{head}" for auto_class, head in heads.items()},
     }
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemmas_activation_is_the_experts(family, tmp_path):
+    config = moe_config(family, hidden_activation="relu")
+    config.save_pretrained(tmp_path)
+    for loaded in (config, AutoConfig.from_pretrained(tmp_path)):
+        assert loaded.hidden_act == loaded.hidden_activation == "relu"
+        model = moe_class(family, "ForCausalLM")(loaded)
+        assert isinstance(model.model.layers[0].mlp.experts.act_fn, torch.nn.ReLU)
+    assert 'hidden_act"' not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize(

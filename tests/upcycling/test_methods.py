@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, dense_config
 
-from hf_moe import UpcycleConfig
+from hf_moe import UpcycleConfig, plan_upcycle
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.feed_forward import FeedForward, LayerContext
 from hf_moe.upcycling.methods import METHODS, build_sparse_layer, scale_output
@@ -209,6 +209,11 @@ def test_what_does_not_divide_is_refused(values, message):
     recipe = UpcycleConfig(**values)
     with pytest.raises(UpcycleError, match=message):
         METHODS[recipe.method].sizes(recipe, recipe.num_experts, INTERMEDIATE)
+
+
+def test_experts_that_grouped_products_cannot_run_are_refused():
+    with pytest.raises(UpcycleError, match="intermediate size of 12, but .* multiple of 8"):
+        plan_upcycle(dense_config("llama"), UpcycleConfig(method="split", num_experts=4, num_experts_per_tok=2))
 
 
 def test_balanced_kmeans_finds_planted_clusters():

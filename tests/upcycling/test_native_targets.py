@@ -23,7 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
+from hf_moe import UpcycleConfig, collapse, plan_upcycle, upcycle, upcycle_model
 from hf_moe.upcycling import methods
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.families import FAMILIES
@@ -516,3 +516,13 @@ def test_plan_is_what_comes_true(name):
     experts = [parameter for parameter_name, parameter in moe.named_parameters() if "experts." in parameter_name]
     routed = sum(parameter.numel() for parameter in experts if parameter.dim() == 3)
     assert plan.num_active_parameters == moe.num_parameters() - routed // 2
+
+
+@by_pair
+def test_collapsing_gives_the_dense_model_back(pair, tmp_path):
+    dense_model(pair, torch.bfloat16).save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", recipe(pair, verify="none"), progress=False)
+    assert collapse(tmp_path / "moe", tmp_path / "back", progress=False).exact
+    assert_same_tensors(tmp_path / "dense", tmp_path / "back")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "back")]
+    assert configs[0] == configs[1]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan beside the models it announces, and recipes as YAML."""
 
+import logging
+
 import pytest
 import torch
 from conftest import dense_config, dense_model
@@ -22,9 +24,9 @@ def matrix_flops(model, tokens: int) -> int:
 
 @pytest.mark.parametrize("method", ["copy", "residual"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_plan_is_what_comes_true(family, method, tied):
+def test_plan_is_what_comes_true(core_family, method, tied):
     recipe = UpcycleConfig(method=method, num_experts=6, num_experts_per_tok=2, layers=[0, 2])
-    dense = dense_model(family, tie_word_embeddings=tied)
+    dense = dense_model(core_family, tie_word_embeddings=tied)
     plan = plan_upcycle(dense.config, recipe)
     moe = upcycle_model(dense, recipe)
     assert plan.architecture == type(moe).__name__
@@ -81,3 +83,23 @@ def test_bad_recipes_are_refused(values, message):
 def test_layers_outside_the_model_are_refused():
     with pytest.raises(UpcycleError, match=r"names \[3\], but the model has layers 0 to 2"):
         plan_upcycle(dense_config("llama"), UpcycleConfig(layers=[1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"router_init": "zero"}, "all logits tie"),
+        ({"method": "granular", "granularity": 2, "scale_on": "megatron"}, "changes what goes through the activation"),
+        ({"method": "drop"}, "starts far from the dense model"),
+    ],
+)
+def test_warnings(values, message, caplog):
+    recipe = UpcycleConfig(num_experts=4, **values)
+    dense = dense_model("llama")
+    assert [warning for warning in plan_upcycle(dense.config, recipe).warnings if message in warning]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    upcycle_model(dense, recipe)
+    logger.removeHandler(caplog.handler)
+    assert message in caplog.text
+    assert not plan_upcycle(dense.config, UpcycleConfig(num_experts=4)).warnings

@@ -3,6 +3,7 @@
 
 import dataclasses
 import filecmp
+import itertools
 import json
 import shutil
 import signal
@@ -13,7 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, assert_close, cast, dense_config, dense_model, moe_model, randomize, save_tokenizer
+from conftest import (
+    CORE_FAMILIES,
+    FAMILIES,
+    assert_close,
+    cast,
+    dense_config,
+    dense_model,
+    moe_model,
+    randomize,
+    save_tokenizer,
+)
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import WeakFileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +68,9 @@ def assert_same_folder(one: Path, other: Path) -> None:
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
-@pytest.mark.parametrize("target", ["native", "hf_moe"])
+@pytest.mark.parametrize(
+    ("family", "target"), [*((family, "hf_moe") for family in FAMILIES), *((family, "native") for family in NATIVE)]
+)
 @torch.no_grad()
 def test_copy_is_exact(family, target, tmp_path):
     source = save_dense(tmp_path / "dense", family)
@@ -81,9 +95,11 @@ def test_residual_is_exact_to_the_bit(family, tmp_path):
     source = save_dense(tmp_path / "dense", family)
     report = upcycle(source, tmp_path / "moe", recipe(method="residual", target="hf_moe"))
     assert report.model_type == f"moe_{family}"
-    assert report.max_relative_error == 0.0
+    # Phi-3 computes gate and up in one product, which rounds differently from two.
+    bound = 1e-6 if family == "phi3" else 0.0
+    assert report.max_relative_error <= bound
     model = load(tmp_path / "moe")
-    assert torch.equal(model(ids()).logits, load(source)(ids()).logits)
+    assert_close(model(ids()).logits, load(source)(ids()).logits, bound)
     assert model.model.layers[0].mlp.experts.down_proj.abs().max() == 0
 
 
@@ -101,7 +117,13 @@ def test_residual_learns(tmp_path):
     assert gradients[1][0] > 0
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        *((family, "grouped_mm") for family in FAMILIES),
+        *itertools.product(CORE_FAMILIES, ("batched_mm", "eager")),
+    ],
+)
 @torch.no_grad()
 def test_copy_is_bit_exact_in_bfloat16(family, implementation, tmp_path):
     source = save_dense(tmp_path / "dense", family, dtype=torch.bfloat16)
@@ -122,8 +144,13 @@ def test_weights_keep_their_type(dtype, tmp_path):
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("method", ["copy", "residual"])
-@pytest.mark.parametrize("target", ["auto", "hf_moe"])
+@pytest.mark.parametrize(
+    ("family", "method", "target"),
+    [
+        *((family, "copy", "hf_moe") for family in FAMILIES),
+        *itertools.product(CORE_FAMILIES, ("copy", "residual"), ("auto",)),
+    ],
+)
 def test_in_memory_equals_streamed(family, method, target, tmp_path):
     dense = dense_model(family, dtype=torch.bfloat16)
     dense.save_pretrained(tmp_path / "dense")
@@ -158,20 +185,11 @@ def test_seed_changes_the_router_only():
     assert changed == {f"model.layers.{index}.mlp.gate.weight" for index in range(3)}
 
 
-@torch.no_grad()
-def test_router_logits_have_the_std_asked_for(family):
-    dense = dense_model(family, hidden_size=256)
-    for std in (0.3, 1.0):
-        moe = upcycle_model(dense, recipe(num_experts=64, router_logit_std=std, target="hf_moe"))
-        logits = moe(ids(), output_router_logits=True).router_logits
-        assert 0.8 * std < torch.stack(logits).std() < 1.2 * std
-
-
-def test_native_checkpoints_have_per_expert_keys(family, tmp_path):
-    upcycle(save_dense(tmp_path / "dense", family), tmp_path / "moe", recipe(target="native"))
+def test_native_checkpoints_have_per_expert_keys(core_family, tmp_path):
+    upcycle(save_dense(tmp_path / "dense", core_family), tmp_path / "moe", recipe(target="native"))
     with safe_open(tmp_path / "moe" / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
-    expert = "block_sparse_moe.experts.3.w2" if NATIVE[family] == "Mixtral" else "mlp.experts.3.down_proj"
+    expert = "block_sparse_moe.experts.3.w2" if NATIVE[core_family] == "Mixtral" else "mlp.experts.3.down_proj"
     assert f"model.layers.2.{expert}.weight" in names
     assert not any("gate_up_proj" in name for name in names)
     # The same names as transformers writes.
@@ -392,7 +410,7 @@ def test_progress_bars_do_not_disturb_the_models(tmp_path, monkeypatch):
             return True
 
     monkeypatch.setattr("hf_moe.upcycling.parity.tqdm", Bar)
-    monkeypatch.setattr("hf_moe.upcycling.upcycle.tqdm", Bar)
+    monkeypatch.setattr("hf_moe.upcycling.output.tqdm", Bar)
     source = save_dense(tmp_path / "dense")
     for verify in ("full", "layers"):
         assert upcycle(source, tmp_path / verify, recipe(verify=verify, layers=[0, 2])).exact
@@ -604,7 +622,7 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         case "unknown":
             config["model_type"] = "no_such_model"
         case "other family":
-            config = transformers.GPT2Config().to_dict()
+            config = transformers.BloomConfig().to_dict()
         case "moe":
             config = transformers.MixtralConfig().to_dict()
         case "quantized":
@@ -636,7 +654,7 @@ def make_bad_source(kind: str, folder: Path) -> Path:
         ("unknown", "no_such_model"),
         (
             "other family",
-            "model_type 'gpt2' cannot be upcycled yet. Supported are \\[.*'llama', 'mistral'.*\\]",
+            "model_type 'bloom' cannot be upcycled yet. Supported are \\['bert', .*'llama', 'mistral'",
         ),
         ("moe", "is a mixture of experts already \\(model_type 'mixtral', num_.*experts=8\\)"),
         ("quantized", "quantization_config"),
@@ -742,3 +760,44 @@ def test_only_dense_transformers_models_in_memory():
 def test_cast_helper_keeps_buffers():
     model = cast(dense_model("llama"), torch.bfloat16)
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("options", [{}, {"method": "granular", "granularity": 2}, {"norm_topk_prob": False}])
+def test_noise_up_to_a_bound_on_the_divergence(family, options, tmp_path):
+    source = save_dense(tmp_path / "dense", family)
+    if "norm_topk_prob" in options:
+        with pytest.raises(UpcycleError, match="nats from the dense model already, more than max_kl=0.001"):
+            upcycle(source, tmp_path / "moe", recipe(max_kl=1e-3, **options))
+        return
+    report = upcycle(source, tmp_path / "moe", recipe(max_kl=1e-3, **options))
+    found = report.parity["float32"]["kl_divergence"]
+    assert 0.95e-3 < found <= 1e-3
+    assert json.loads((tmp_path / "moe" / "hf_moe.json").read_text())["expert_noise"] == report.expert_noise
+    assert not list((tmp_path / "moe").glob(".*"))
+    again = upcycle(source, tmp_path / "again", recipe(expert_noise=report.expert_noise, **options))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "moe" / "model.safetensors"
+    ).read_bytes()
+    assert again.parity["float32"]["kl_divergence"] == found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_kl": 0.0}, "positive number of nats"),
+        ({"max_kl": 0.1, "expert_noise": 0.1}, "leave `expert_noise` out"),
+        ({"max_kl": 0.1, "method": "residual"}, "silent at first"),
+    ],
+)
+def test_bounds_that_mean_nothing_are_refused(values, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        recipe(**values)
+
+
+def test_noise_needs_predictions_and_the_text_of_the_proof(tmp_path):
+    source = save_dense(tmp_path / "dense", "llama", "Model")
+    with pytest.raises(UpcycleError, match="compares predictions"):
+        upcycle(source, tmp_path / "moe", recipe(max_kl=0.1))
+    with pytest.raises(UpcycleError, match="text of the proof"):
+        upcycle_model(dense_model("llama"), recipe(max_kl=0.1))
