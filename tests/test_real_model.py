@@ -16,7 +16,7 @@ from conftest import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe import UpcycleConfig, upcycle
-from hf_moe.upcycling.parity import TEXT
+from hf_moe.upcycling.sample import TEXT
 
 
 pytestmark = pytest.mark.slow

@@ -162,6 +162,7 @@ def upcycle(
             else {}
         ),
         **_routing(report),
+        **({"expert_noise": round(report.expert_noise, 6)} if report.expert_noise else {}),
         expert_errors=_errors(report.expert_errors),
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),

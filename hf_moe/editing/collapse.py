@@ -177,7 +177,7 @@ def _joining_step(moe: MoeCheckpoint, parts: list[str], new_name: str, shape: tu
             yield Piece(new_name, offset, tensor)
             offset += tensor.numel()
 
-    return Step(new_name, {new_name: (there[parts[0]][0], shape)}, pieces)
+    return Step.of(new_name, {new_name: (there[parts[0]][0], shape)}, pieces)
 
 
 def _feed_forward_step(
@@ -194,7 +194,7 @@ def _feed_forward_step(
         for name, parts in names.write(layer, build(view)):
             yield Piece(on_disk[name], 0, torch.cat(parts))
 
-    return Step(layer, {on_disk[name]: (dtype, shape) for name, shape in shapes.items()}, pieces)
+    return Step.of(layer, {on_disk[name]: (dtype, shape) for name, shape in shapes.items()}, pieces)
 
 
 def _inexact_because(moe: MoeCheckpoint, parent: DenseParent, method: str, views: dict[int, SparseView]) -> str | None:

@@ -22,7 +22,8 @@ from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import Piece
 from ..upcycling.legacy_config import add_legacy_keys
 from ..upcycling.output import OutputFolder, write_model_files, write_provenance
-from ..upcycling.parity import FLOAT32_BOUND, sample_of
+from ..upcycling.parity import FLOAT32_BOUND
+from ..upcycling.sample import sample_of
 from ..upcycling.targets import meta_model
 from ..version import __version__
 from .measure import Subject, measure
@@ -142,7 +143,7 @@ def edit_steps(moe: MoeCheckpoint, layers: dict[int, EditedLayer]) -> list[Step]
 
 
 def _copy_step(moe: MoeCheckpoint, name: str) -> Step:
-    return Step(
+    return Step.of(
         name,
         {name: moe.checkpoint.dtype_and_shape(name)},
         lambda: iter([Piece(name, 0, moe.checkpoint.read(name))]),
@@ -165,7 +166,7 @@ def _layer_step(moe: MoeCheckpoint, block: SparseBlock, layer: EditedLayer) -> S
         for index in range(layer.num_experts):
             yield from moe.layout.pieces(block.layer, index, layer.expert(index))
 
-    return Step(block.experts, tensors, pieces)
+    return Step.of(block.experts, tensors, pieces)
 
 
 def write_edit(

@@ -12,7 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..upcycling.checkpoint import Checkpoint
 from ..upcycling.families import Target
-from ..upcycling.parity import Sample, Side, compare_outputs, output_of, streamed_model
+from ..upcycling.parity import compare_outputs
+from ..upcycling.sample import Sample
+from ..upcycling.streaming import Side, output_of, streamed_model
 
 
 @dataclass(frozen=True)

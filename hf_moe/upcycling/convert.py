@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .errors import UpcycleError
 from .families import Family
-from .feed_forward import FeedForward, LayerContext
+from .feed_forward import FeedForward, LayerContext, SparseLayer
 from .layouts import FusedLayout, PerExpertLayout, Piece
 from .methods import build_sparse_layer
 from .plan import UpcyclePlan
@@ -49,11 +49,32 @@ class Step:
 
     name: str
     tensors: dict[str, TensorInfo]
-    pieces: Callable[[], Iterator[Piece]]
+    open: Callable[[], "OpenStep"]
+
+    @classmethod
+    def of(cls, name: str, tensors: dict[str, TensorInfo], pieces: Callable[[], Iterator[Piece]]) -> "Step":
+        """A step whose values all come from one place."""
+        return cls(name, tensors, lambda: OpenStep(pieces))
+
+    def pieces(self) -> Iterator[Piece]:
+        """All values, those of one expert after the other."""
+        opened = self.open()
+        yield from opened.others()
+        for expert_index in range(opened.num_experts):
+            yield from opened.expert(expert_index)
 
     @property
     def num_bytes(self) -> int:
         return sum(map(num_bytes, self.tensors.values()))
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step with its dense tensors at hand: the values that belong to no expert, and those of one expert."""
+
+    others: Callable[[], Iterator[Piece]]
+    expert: Callable[[int], Iterator[Piece]] = lambda expert_index: iter([])
+    num_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,7 @@ def _copy_step(name: str, dense: DenseTensors, rows_of: RowsOf) -> Step:
         for new_name, rows in rows_of:
             yield Piece(new_name, 0, tensor if rows is None else tensor[rows])
 
-    return Step(name, tensors, pieces)
+    return Step.of(name, tensors, pieces)
 
 
 @dataclass(frozen=True)
@@ -159,7 +180,7 @@ class _SparseStep:
         return Step(
             f"{self.layer}{self.layout.block}",
             {name: (self._dtype(name, dtype), shape) for name, shape in shapes.items()},
-            lambda: self._pieces({name: self.dense.read(name) for name in names}, dtype),
+            lambda: self._open({name: self.dense.read(name) for name in names}, dtype),
         )
 
     @property
@@ -186,14 +207,19 @@ class _SparseStep:
                 table[f"{self.layer}{shared.gate}.weight"] = (1, dense.hidden_size)
         return table | {name: tuple(tensor.shape) for name, tensor in self._added().items()}
 
-    def _pieces(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[Piece]:
+    def _open(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> OpenStep:
         dense = self.family.feed_forward.read(self.layer, tensors)
         sparse = build_sparse_layer(dense, self.context)
+        return OpenStep(
+            lambda: self._other_pieces(dense, sparse, dtype),
+            lambda expert_index: self.layout.pieces(self.layer, expert_index, sparse.expert(expert_index)),
+            self.context.num_experts,
+        )
+
+    def _other_pieces(self, dense: FeedForward, sparse: SparseLayer, dtype: torch.dtype) -> Iterator[Piece]:
         router_input = self.family.router_input(self._read_backbone, self._layer_in_backbone, self.context.layer_index)
         router = build_router(router_input, self.plan.sizes.experts_per_copy, self.context)
         yield Piece(self._router, 0, router.to(self._dtype(self._router, dtype)))
-        for expert_index in range(self.context.num_experts):
-            yield from self.layout.pieces(self.layer, expert_index, sparse.expert(expert_index))
         if self.plan.target.shared_expert is not None:
             yield from self._shared_expert_pieces(dense, sparse.shared_expert, self.plan.target.shared_expert)
         for name, tensor in self._added().items():

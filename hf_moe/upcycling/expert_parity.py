@@ -15,9 +15,11 @@ from huggingface_hub.utils import tqdm
 
 from .checkpoint import Checkpoint
 from .errors import UpcycleError
-from .parity import FLOAT32_BOUND, Sample, Side, compare
+from .parity import FLOAT32_BOUND, compare
 from .plan import UpcyclePlan
 from .recipe import UpcycleConfig
+from .sample import Sample
+from .streaming import Readable, Side
 from .targets import dense_class
 
 
@@ -119,13 +121,13 @@ def _difference(names: list[str]) -> str | None:
     return f"{len(names)} tensors outside the experts differ from its own, among them {names[0]}"
 
 
-def _differing_tensors(parent: Checkpoint, result: Checkpoint) -> list[str]:
+def _differing_tensors(parent: Readable, result: Readable) -> list[str]:
     """Tensors of the result that have the name of one of the parent's and not its values, in the rows that both have."""
+    names = set(parent)
     return [
         name
         for name in result
-        if name in parent.file_of
-        and not _equal(parent.read(name, check_finite=False), result.read(name, check_finite=False))
+        if name in names and not _equal(parent.read(name, check_finite=False), result.read(name, check_finite=False))
     ]
 
 

@@ -61,6 +61,10 @@ def upcycle_model(
     ```
     """
     recipe = config or UpcycleConfig()
+    if recipe.max_kl is not None:
+        raise UpcycleError(
+            "The noise for `max_kl` is searched on the text of the proof, which `upcycle` makes. Call it, or give `expert_noise`."
+        )
     models = {BASE: model, **(experts or {})}
     if mismatch := models.keys() ^ {BASE, *(recipe.experts or [])}:
         raise UpcycleError(

@@ -77,6 +77,8 @@ def inexact_because(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool)
     reason = method.inexact_because(recipe, dtype, is_gated)
     if reason is None and recipe.expert_noise and not method.noise_is_silent:
         return f"noise is added to the experts (expert_noise={recipe.expert_noise})"
+    if reason is None and recipe.max_kl is not None:
+        return f"noise is added to the experts, as much as max_kl={recipe.max_kl} allows"
     return reason
 
 

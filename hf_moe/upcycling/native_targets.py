@@ -139,7 +139,7 @@ def _one_rope_per_layer_type(dense_config: Any) -> dict[str, Any]:
     rope = dense_config.rope_parameters
     return {
         "rope_parameters": {name: copy.deepcopy(rope) for name in sorted(set(dense_config.layer_types))},
-        "num_mtp_layers": None,
+        "num_mtp_layers": 0,
     }
 
 

@@ -6,7 +6,6 @@ The dense models that a composition is made of: opening them, and making what is
 """
 
 import contextlib
-import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,9 +40,8 @@ class Parent:
     tensors: DenseTensors
     checkpoint: Checkpoint | None = None
 
-    @functools.cached_property
-    def tokens(self) -> dict[int, str]:
-        """The tokens by id; empty for a model in memory, or without a tokenizer that loads."""
+    def read_tokens(self) -> dict[int, str]:
+        """The tokenizer's tokens by id; empty for a model in memory, or without a tokenizer that loads."""
         tokenizer = None if self.checkpoint is None else load_tokenizer(self.checkpoint)
         return {} if tokenizer is None else {index: token for token, index in tokenizer.get_vocab().items()}
 
@@ -110,12 +108,12 @@ def compose_parents(parents: Mapping[str, Parent], recipe: UpcycleConfig) -> Com
     as_experts = _names_of_experts(base, recipe) if entries else []
     if recipe.compose_rest == "mean":
         dense = _mean_tensors(base, [parents[entry] for entry in dict.fromkeys(entries)], as_experts)
-        tokenizer = max(parents.values(), key=lambda parent: len(parent.tokens))
-        _check_tokens(tokenizer, list(parents.values()))
+        tokenizer = _largest_tokenizer(list(parents.values()))
     else:
-        dense, tokenizer = base.tensors, base
+        dense, tokenizer = base.tensors, BASE
+        known = base.read_tokens() if others else {}
         for parent in others:
-            _say_what_base_lacks(base, parent)
+            _say_what_base_lacks(base, known, parent)
     rounded_from = {}
     for parent in others:
         for name in as_experts:
@@ -128,7 +126,7 @@ def compose_parents(parents: Mapping[str, Parent], recipe: UpcycleConfig) -> Com
             "keep them as they are."
         )
     experts = {parent.entry: _in_types_of(base, parent) for parent in others} | {BASE: base.tensors}
-    return Composition(config, dense, [experts[entry] for entry in entries], rounded_from, tokenizer.entry)
+    return Composition(config, dense, [experts[entry] for entry in entries], rounded_from, tokenizer)
 
 
 @contextlib.contextmanager
@@ -142,19 +140,24 @@ def about_expert(entry: str) -> Iterator[None]:
         raise UpcycleError(f"Expert {entry!r}: {error}") from error
 
 
-def _check_tokens(tokenizer: Parent, parents: Sequence[Parent]) -> None:
-    """The tokenizer must know each token of the others by the same id."""
-    for parent in parents:
-        for index, token in sorted(parent.tokens.items()):
-            if tokenizer.tokens.get(index) != token:
+def _largest_tokenizer(parents: Sequence[Parent]) -> str:
+    """Whose tokenizer has most tokens; it must have all tokens of the others, by the same ids."""
+    largest, known = parents[0].entry, parents[0].read_tokens()
+    for parent in parents[1:]:
+        smaller, tokens = parent.entry, parent.read_tokens()
+        if len(tokens) > len(known):
+            largest, known, smaller, tokens = smaller, tokens, largest, known
+        for index, token in sorted(tokens.items()):
+            if known.get(index) != token:
                 raise UpcycleError(
                     f"compose_rest='mean' needs a tokenizer that has all tokens of the others, but token {index} is {token!r} "
-                    f"in {parent.entry!r} and {tokenizer.tokens.get(index)!r} in {tokenizer.entry!r}, the largest. Use "
+                    f"in {smaller!r} and {known.get(index)!r} in {largest!r}, which has no fewer tokens. Use "
                     "compose_rest='base', which keeps the embeddings and the tokenizer of the base."
                 )
+    return largest
 
 
-def _say_what_base_lacks(base: Parent, parent: Parent) -> None:
+def _say_what_base_lacks(base: Parent, known: Mapping[int, str], parent: Parent) -> None:
     given, kept = (getattr(config, "vocab_size", 0) for config in (parent.config, base.config))
     if given != kept:
         lost = (
@@ -166,11 +169,12 @@ def _say_what_base_lacks(base: Parent, parent: Parent) -> None:
             f"Expert {parent.entry!r} has {given} tokens, the base {kept}: compose_rest='base' keeps the base's embeddings and "
             f"tokenizer; {lost}."
         )
-    other = [index for index, token in sorted(base.tokens.items()) if parent.tokens.get(index, token) != token]
+    tokens = parent.read_tokens()
+    other = [index for index, token in sorted(known.items()) if tokens.get(index, token) != token]
     if other:
         logger.warning(
             f"Expert {parent.entry!r} was trained with other tokens than the base for {len(other)} ids, e.g. {other[0]}: "
-            f"{parent.tokens[other[0]]!r} instead of {base.tokens[other[0]]!r}. The base's tokenizer is kept."
+            f"{tokens[other[0]]!r} instead of {known[other[0]]!r}. The base's tokenizer is kept."
         )
 
 

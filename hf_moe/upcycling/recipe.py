@@ -57,6 +57,9 @@ class UpcycleConfig:
             in `experts`, each counted once. Rows of the embeddings that only some checkpoints have are the mean over those.
         expert_noise (`float`, *optional*, defaults to 0.0):
             Standard deviation of the noise that is added to every tensor of an expert, relative to that of the tensor.
+        max_kl (`float`, *optional*):
+            Instead of `expert_noise`: the largest noise is searched for which the mean KL divergence of the result's
+            predictions from the dense model's stays within this bound, in nats, on the text of the proof.
         target (`str`, *optional*, defaults to `"auto"`):
             Class of the result: `"native"` for a class of transformers (Mixtral, Qwen-MoE, Granite-MoE, GLM-4-MoE, ...),
             `"hf_moe"` for the class of hf_moe, `"auto"` for a native class where one represents the result exactly and
@@ -111,6 +114,7 @@ class UpcycleConfig:
     experts: list[str] | None = None
     compose_rest: str = "base"
     expert_noise: float | int = 0.0
+    max_kl: float | int | None = None
     target: str = "auto"
     layers: list[int] | str | None = None
     norm_topk_prob: bool = True
@@ -195,6 +199,16 @@ class UpcycleConfig:
                 f"`num_shared_neurons`={self.num_shared_neurons} needs a `split_by` that finds out which neurons most tokens "
                 f"use; {self.split_by!r} does not look at tokens."
             )
+
+    def validate_noise(self):
+        if self.max_kl is None:
+            return
+        if not 0 < self.max_kl < float("inf"):
+            raise ValueError(f"`max_kl` must be a positive number of nats, got {self.max_kl}.")
+        if self.expert_noise:
+            raise ValueError(f"`max_kl` searches for the noise: leave `expert_noise` out (got {self.expert_noise}).")
+        if METHODS[self.method].noise_is_silent:
+            raise ValueError(f"`max_kl` has no effect on method {self.method!r}, whose experts are silent at first.")
 
     def validate_data(self):
         needs = ROUTER_INITIALIZERS[self.router_init].needs
@@ -326,6 +340,7 @@ class UpcycleReport:
             [`~hf_moe.upcycling.expert_parity.measure_expert_parity`].
         routing ([`~hf_moe.training.statistics.RoutingStatistics`], *optional*): Which experts the routers chose for the text
             that was compared, before any training. None if nothing was compared.
+        expert_noise (`float`): The noise that was added to the experts, found if the recipe has `max_kl`.
         num_parameters (`int`): Parameters of the result.
         num_active_parameters (`int`): Parameters that one token uses.
         bytes_written (`int`): Bytes of the weight files.
@@ -339,6 +354,7 @@ class UpcycleReport:
     expert_errors: dict[str, float] | None
     parity: dict[str, Any] | None
     routing: RoutingStatistics | None
+    expert_noise: float
     num_parameters: int
     num_active_parameters: int
     bytes_written: int

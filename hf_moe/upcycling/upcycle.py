@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`upcycle`: a dense checkpoint on disk or on the Hub becomes a MoE checkpoint on disk, streamed, proved and resumable."""
 
+import dataclasses
 import functools
 import json
 import time
@@ -20,34 +21,27 @@ from ..version import __version__
 from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
 from .checkpoint import Checkpoint, load_tokenizer
 from .compose import BASE, parse_expert
-from .convert import plan_steps
+from .convert import Step, plan_steps
 from .errors import UpcycleError
 from .expert_parity import check_expert_parity, largest_error, measure_expert_parity
 from .feed_forward import FeedForward
 from .legacy_config import add_legacy_keys
 from .methods import METHODS
+from .noise import find_expert_noise
 from .output import OutputFolder, write_model_files, write_provenance
 from .parents import Composition, compose_parents, open_experts, open_parent
-from .parity import (
-    FLOAT32_BOUND,
-    Sample,
-    Side,
-    check_parity,
-    describe_sample,
-    draw_sample,
-    measure_parity,
-    streamed_model,
-    summarize,
-)
+from .parity import FLOAT32_BOUND, check_parity, measure_parity, summarize
 from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig, UpcycleReport
 from .ridge import RIDGE_FOLDER
+from .sample import Sample, describe_sample, draw_sample
+from .streaming import Side, streamed_model
 from .targets import dense_class, find_family, layer_prefix, meta_model
 from .writer import ShardWriter
 
 
 logger = logging.get_logger(__name__)
-OBSERVATIONS = ".upcycle-observations.safetensors"
+OBSERVATIONS, NOISE = ".upcycle-observations.safetensors", ".upcycle-noise"
 
 
 def upcycle(
@@ -112,14 +106,17 @@ def upcycle(
     parents = {BASE: base, **{entry: open_parent(entry, expert) for entry, expert in experts.items()}}
     composition = compose_parents(parents, recipe)
     observations: Observations = {index: {} for index in plan.experts_in_layer}
-    steps = plan_steps(
-        composition.dense, composition.config, plan, recipe, plan.target.layout, observations, composition.experts
-    )
+
+    def steps_for(wanted: UpcycleConfig) -> list[Step]:
+        dense, config = composition.dense, composition.config
+        return plan_steps(dense, config, plan, wanted, plan.target.layout, observations, composition.experts)
+
+    steps = steps_for(recipe)
     calibration = None
     if needs_calibration(recipe):
         max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
         calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
-    sample = draw_sample(checkpoint, recipe) if recipe.verify != "none" else None
+    sample = draw_sample(checkpoint, recipe)
     cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
     described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
 
@@ -129,18 +126,24 @@ def upcycle(
             found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
             for index, tensors in found.items():
                 observations[index].update(tensors)
+        expert_noise = float(recipe.expert_noise)
+        if recipe.max_kl is not None:
+            side = Side(dense_class(checkpoint.config), checkpoint, find_family(checkpoint.config).layers)
+            expert_noise = _find_noise(incomplete, side, plan, recipe, sample, steps_for, progress)
+            steps = steps_for(dataclasses.replace(recipe, expert_noise=expert_noise, max_kl=None))
         output.write_weights(writer, steps, progress)
         model = meta_model(plan.model_class, plan.config)
         write_model_files(incomplete, model, plan.config, checkpoint, checkpoints[composition.tokenizer])
         if plan.native:
             add_legacy_keys(incomplete / "config.json", plan.config)
         parity = None
-        if sample is not None:
+        if recipe.verify != "none":
             parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
-        provenance = _provenance(recipe, plan, checkpoint, described, parity)
+        provenance = {**_provenance(recipe, plan, checkpoint, described, parity), "expert_noise": expert_noise}
         write_provenance(incomplete, provenance)
         write_model_card(incomplete, provenance, cards[BASE])
-        (incomplete / OBSERVATIONS).unlink(missing_ok=True)
+        for name in (OBSERVATIONS, NOISE):
+            (incomplete / name).unlink(missing_ok=True)
         output.publish()
 
     max_relative_error = None if parity is None or "float32" not in parity else summarize(parity)
@@ -159,6 +162,7 @@ def upcycle(
         expert_errors=expert_errors,
         parity=parity,
         routing=routing,
+        expert_noise=expert_noise,
         num_parameters=plan.num_parameters,
         num_active_parameters=plan.num_active_parameters,
         bytes_written=writer.total_bytes,
@@ -287,6 +291,28 @@ def _observe(
     save_file(tensors, path.with_suffix(".partial"))
     path.with_suffix(".partial").rename(path)
     return observations
+
+
+def _find_noise(
+    incomplete: Path,
+    dense: Side,
+    plan: UpcyclePlan,
+    recipe: UpcycleConfig,
+    sample: Sample,
+    steps_for: Callable[[UpcycleConfig], list[Step]],
+    progress: bool,
+) -> float:
+    """The noise that `max_kl` allows; an interrupted run left it on disk, so that the rest fits what is written."""
+    path = incomplete / NOISE
+    if not path.exists():
+        if plan.architecture.endswith("Model"):
+            raise UpcycleError(
+                f"`max_kl` compares predictions, and {plan.architecture} makes none. Give `expert_noise`."
+            )
+        noise = find_expert_noise(dense, plan, recipe, sample, steps_for, progress=progress)
+        path.with_suffix(".partial").write_text(repr(noise), encoding="utf-8")
+        path.with_suffix(".partial").rename(path)
+    return float(path.read_text(encoding="utf-8"))
 
 
 def _provenance(

@@ -15,7 +15,8 @@ from hf_moe.editing.moe_checkpoint import MoeCheckpoint
 from hf_moe.editing.sparse_block import find_blocks
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.layouts import FusedLayout, PerExpertLayout
-from hf_moe.upcycling.parity import Side, output_of, sample_of, streamed_model
+from hf_moe.upcycling.sample import sample_of
+from hf_moe.upcycling.streaming import Side, output_of, streamed_model
 
 
 KINDS = [*NATIVE, "moe_llama", "moe_qwen3"]

@@ -241,11 +241,18 @@ def recipes(folder) -> dict[str, dict]:
         },
         "activation": {
             "method": "split",
+            "target": "hf_moe",
             "split_by": "activation",
             "num_shared_neurons": 16,
             "calibration_text": files[0],
         },
-        "gradient": {"method": "split", "split_by": "gradient", "num_shared_neurons": 16, "calibration_text": files},
+        "gradient": {
+            "method": "split",
+            "target": "hf_moe",
+            "split_by": "gradient",
+            "num_shared_neurons": 16,
+            "calibration_text": files,
+        },
         "gradient, clustered": {
             "method": "split",
             "split_by": "gradient",

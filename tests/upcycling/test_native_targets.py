@@ -63,6 +63,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 MULTIPLIERS = {
     "attention_multiplier": 0.2,
@@ -128,10 +129,12 @@ PAIRS = {
     "granite shared": Pair("Granite", MULTIPLIERS, "GraniteMoeShared", "a shared expert", RESIDUAL, True),
     "smollm3": Pair("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}, "GraniteMoeSWA", "", {}, False),
     "smollm3 window": Pair("SmolLM3", {"no_rope_layer_interval": 2, **WINDOW}, "GraniteMoeSWA", "", RESIDUAL, True),
-    "cohere2": Pair("Cohere2", {"num_hidden_layers": 4, "sliding_window": 8}, "Cohere2Moe", "", {}, False),
+    "cohere2": Pair(
+        "Cohere2", {"num_hidden_layers": 4, "sliding_window": 8, "logit_scale": 0.3}, "Cohere2Moe", "", {}, False
+    ),
     "cohere2 shared": Pair(
         "Cohere2",
-        {"num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 2, "attention_bias": True},
+        {"num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 2, "rope_parameters": LINEAR},
         "Cohere2Moe",
         "",
         {**FINE, "layers": [0, 2, 3]},
@@ -298,6 +301,7 @@ TRAPS = [
     ("smollm3 window", "layer_types", None),
     ("smollm3 window", "sliding_window", 128),
     ("cohere2 shared", "layer_types", None),
+    ("cohere2 shared", "rope_parameters", None),
     ("cohere2", "logit_scale", 1.0),
     ("cohere2 shared", "prefix_dense_sliding_window_pattern", 1),
     ("cohere2 shared", "shared_expert_combination_strategy", "average"),
@@ -362,7 +366,8 @@ def test_router_logits_have_the_std_asked_for(name):
     """So what is known of the router's input is right: which norm it comes from, and that Qwen3.5 adds 1 to the weights."""
     dense = dense_model(PAIRS[name], hidden_size=256, head_dim=16)
     moe = upcycle_model(dense, recipe(PAIRS[name], num_experts=64))
-    assert 0.75 < torch.stack(moe(ids(), output_router_logits=True).router_logits).std() < 1.25
+    for logits in moe(ids(), output_router_logits=True).router_logits:
+        assert 0.8 < logits.std() < 1.25
 
 
 def test_gate_of_a_shared_expert_is_not_zero():
@@ -416,7 +421,7 @@ def test_other_readers_find_their_keys_and_transformers_reads_the_same(pair, tmp
     rope = planned.rope_parameters
     if "rope_type" in rope:
         assert written["rope_theta"] == rope["rope_theta"]
-        if rope["rope_type"] != "default":
+        if rope["rope_type"] != "default" and pair.native != "Cohere2Moe":  # which has a field of that name, unused
             assert written["rope_scaling"]["rope_type"] == rope["rope_type"]
             assert written["rope_scaling"].get("short_factor") == rope.get("short_factor")
     assert [written[name] for name in EXPERT_KEYS.get(pair.native, ["num_experts"])] in ([4], [4, 4])

@@ -25,6 +25,7 @@ from conftest import (
     randomize,
     save_tokenizer,
 )
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import WeakFileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -759,3 +760,44 @@ def test_only_dense_transformers_models_in_memory():
 def test_cast_helper_keeps_buffers():
     model = cast(dense_model("llama"), torch.bfloat16)
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+@pytest.mark.parametrize("options", [{}, {"method": "granular", "granularity": 2}, {"norm_topk_prob": False}])
+def test_noise_up_to_a_bound_on_the_divergence(family, options, tmp_path):
+    source = save_dense(tmp_path / "dense", family)
+    if "norm_topk_prob" in options:
+        with pytest.raises(UpcycleError, match="nats from the dense model already, more than max_kl=0.001"):
+            upcycle(source, tmp_path / "moe", recipe(max_kl=1e-3, **options))
+        return
+    report = upcycle(source, tmp_path / "moe", recipe(max_kl=1e-3, **options))
+    found = report.parity["float32"]["kl_divergence"]
+    assert 0.95e-3 < found <= 1e-3
+    assert json.loads((tmp_path / "moe" / "hf_moe.json").read_text())["expert_noise"] == report.expert_noise
+    assert not list((tmp_path / "moe").glob(".*"))
+    again = upcycle(source, tmp_path / "again", recipe(expert_noise=report.expert_noise, **options))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "moe" / "model.safetensors"
+    ).read_bytes()
+    assert again.parity["float32"]["kl_divergence"] == found
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_kl": 0.0}, "positive number of nats"),
+        ({"max_kl": 0.1, "expert_noise": 0.1}, "leave `expert_noise` out"),
+        ({"max_kl": 0.1, "method": "residual"}, "silent at first"),
+    ],
+)
+def test_bounds_that_mean_nothing_are_refused(values, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        recipe(**values)
+
+
+def test_noise_needs_predictions_and_the_text_of_the_proof(tmp_path):
+    source = save_dense(tmp_path / "dense", "llama", "Model")
+    with pytest.raises(UpcycleError, match="compares predictions"):
+        upcycle(source, tmp_path / "moe", recipe(max_kl=0.1))
+    with pytest.raises(UpcycleError, match="text of the proof"):
+        upcycle_model(dense_model("llama"), recipe(max_kl=0.1))

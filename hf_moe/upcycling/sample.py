@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the dense model and the result are compared on: `draw_sample` takes text, or random tokens or images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .calibration import read_text
+from .checkpoint import Checkpoint, load_tokenizer
+from .recipe import UpcycleConfig
+
+
+logger = logging.get_logger(__name__)
+NUM_TOKENS = 256
+# Were the experts equally popular, one in ten million would get none of so many tokens by chance.
+TOKENS_PER_EXPERT = 16
+TEXT = """The harbour master counted the boats twice before he wrote 37 into the log, because the fog had already hidden
+the far pier. "If the tide turns at 6:15," he said, "we shall have four hours and ten minutes." Nobody answered him.
+
+def moving_average(values: list[float], width: int) -> list[float]:
+    if width < 1 or width > len(values):
+        raise ValueError(f"width must lie between 1 and {len(values)}, got {width}")
+    total = sum(values[:width])
+    averages = [total / width]
+    for leaving, entering in zip(values, values[width:]):
+        total += entering - leaving
+        averages.append(total / width)
+    return averages
+
+Le train de nuit part à 22 h 40 ; il arrive à Lyon vers sept heures. Das Wetter bleibt bis Freitag wechselhaft.
+Let f be continuous on [0, 1] with f(0) < 0 < f(1). Then f(x) = 0 for some x, since the supremum of the set where f is
+negative belongs neither to that set nor to its complement's interior. See RFC 9110, section 15.5.5: 404 Not Found.
+The licensee may copy, modify and distribute the work, provided that this notice is kept and that changes are marked.
+"""
+
+
+class Sample(NamedTuple):
+    """What both models are given: keyword arguments of `forward`, the number of tokens in them, and whether they are text."""
+
+    inputs: dict[str, torch.Tensor]
+    num_tokens: int
+    is_text: bool
+
+    def as_type(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The inputs for a model of one data type: images are numbers, tokens are not."""
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in self.inputs.items()}
+
+
+def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
+    """
+    What [`sample_of`] gives, of the recipe's `calibration_text` or our own, with enough tokens to show which experts get
+    none.
+    """
+    needed = max(NUM_TOKENS, TOKENS_PER_EXPERT * max(recipe.expert_counts) // recipe.num_experts_per_tok)
+    return sample_of(dense, needed, recipe.calibration_files)
+
+
+def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS, files: Sequence[str] = ()) -> Sample:
+    """
+    A text in the model's own tokens; random ones with a warning if it has no tokenizer that works; random images for a
+    model that sees.
+
+    Args:
+        needed (`int`, *optional*, defaults to 256): Number of tokens at least. They are more where the sliding window is at
+            most 1024, to be longer than it.
+        files (`Sequence[str]`, *optional*): Files with the text, each of which gives an equal share. Ours if there are none.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if hasattr(dense.config, "image_size"):
+        return _random_images(dense.config, needed, generator)
+    window = getattr(dense.config, "sliding_window", None) or 0
+    length = max(needed, window + 32 if window <= 4 * NUM_TOKENS else 0)
+    length = min(length, dense.config.max_position_embeddings)
+    rows = -(-needed // length)
+    tokenizer = load_tokenizer(dense)
+    if tokenizer is not None:
+        texts = [read_text(Path(file)) for file in files] or [TEXT]
+        share = -(-rows * length // len(texts))
+        ids = [token for text in texts for token in _repeated(tokenizer(text, verbose=False)["input_ids"], share)]
+        return Sample({"input_ids": torch.tensor(ids[: rows * length]).view(rows, length)}, rows * length, True)
+    logger.warning(f"{dense.source} has no tokenizer that loads: random tokens are compared.")
+    ids = torch.randint(dense.config.vocab_size, (rows, length), generator=generator)
+    return Sample({"input_ids": ids}, rows * length, False)
+
+
+def _repeated(ids: list[int], length: int) -> list[int]:
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def _random_images(config: PreTrainedConfig, num_tokens: int, generator: torch.Generator) -> Sample:
+    def pair(size: Any) -> tuple[int, int]:
+        return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+    height, width = pair(config.image_size)
+    patch_height, patch_width = pair(config.patch_size)
+    tokens_per_image = (height // patch_height) * (width // patch_width) + 1
+    count = -(-num_tokens // tokens_per_image)
+    images = torch.randn(count, config.num_channels, height, width, generator=generator)
+    return Sample({"pixel_values": images}, count * tokens_per_image, False)
+
+
+def describe_sample(sample: Sample, config: PreTrainedConfig) -> dict[str, Any]:
+    """What a reader must know of the tokens that were compared."""
+    window = getattr(config, "sliding_window", None)
+    beyond_window = sample.inputs["input_ids"].shape[1] > window if window else None
+    return {"num_tokens": sample.num_tokens, "text": sample.is_text, "beyond_window": beyond_window}
