@@ -179,8 +179,9 @@ def test_bench(dense, tmp_path, monkeypatch):
     )
     assert run.returncode == 0, run.stderr
     rows = {row["command"]: row for row in json.loads(run.stdout)}
-    assert list(rows) == ["upcycle", "upcycle, no proof", "cp", "peer"]
-    assert rows["upcycle"]["relative"] == 1.0
+    assert list(rows) == ["upcycle", "upcycle, no proof", "process start", "cp", "peer", "conversion"]
+    assert rows["cp"]["times_cp"] == 1.0
+    assert 0 < rows["conversion"]["median_s"] < rows["upcycle, no proof"]["median_s"]
     assert rows["upcycle"]["peak_mib"] > 100
     assert all(row["median_s"] > 0 for row in rows.values())
     assert list(tmp_path.iterdir()) == []
