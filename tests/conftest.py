@@ -10,9 +10,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import copy
 import logging
+import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -248,3 +250,27 @@ def force_expert(model: transformers.PreTrainedModel, expert: int) -> transforme
         if name.endswith(".mlp.gate"):
             module.register_forward_hook(choose)
     return model
+
+
+class Run(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+    """Run `hf-moe` with these arguments, in this process: a new one would spend its time on imports."""
+
+    from hf_moe.cli.main import main
+
+    def run(*arguments) -> Run:
+        monkeypatch.setattr(sys, "argv", ["hf-moe", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        return Run(code, *capsys.readouterr())
+
+    return run

@@ -167,7 +167,7 @@ def upcycle(
         num_parameters=_count(report.num_parameters),
         num_active_parameters=_count(report.num_active_parameters),
         bytes_written=_count(report.bytes_written),
-        seconds=round(report.seconds, 1),
+        seconds=round(report.seconds, 1 if out.mode == "human" else 3),
     )
 
 

@@ -45,10 +45,10 @@ def collapse(
     | `granular` | the parts of a copy side by side: the mean of the copies, or the one that `expert` is a part of |
     | `split` | the neurons of all experts, in the order that they had if they were dealt out at random |
 
-    A factor that the method put into the weights is taken out again. As long as nothing was trained, all methods but
-    `drop` give the dense model back, to the bit if the factor is a power of two; with `split` by clusters its neurons come
-    in another order. The result computes what the source computes if the source computes what its dense parent did. In
-    all other cases the error is measured and reported.
+    A factor that the method put into the weights is taken out again. As long as nothing was trained, `copy`, `residual`,
+    `granular` and `split` give the dense model back, to the bit if the factor is a power of two; with `split` by anything
+    but chance its neurons come in another order. Such a result computes what the source computes if the source computes
+    what its dense parent did, which is checked. In all other cases the error is measured and reported.
 
     Args:
         source (`str` or `Path`): The mixture of experts, a folder or a Hub id.

@@ -44,6 +44,7 @@ class EditReport:
         num_experts_per_tok (`int`, *optional*): Routed experts per token; None for a dense result.
         exact (`bool`): Whether the result was measured to compute what the source computes, within 1e-5 in float32. False
             as well if nothing was measured.
+        inexact_because (`str`, *optional*): Why it need not; None if that was claimed, and checked if anything was measured.
         max_relative_error (`float`, *optional*): Largest difference of the outputs in float32, divided by the largest
             value. None if nothing was measured.
         measured (`dict`, *optional*): Everything that was measured, see [`~hf_moe.editing.measure.measure`].
@@ -60,6 +61,7 @@ class EditReport:
     num_experts: int | None
     num_experts_per_tok: int | None
     exact: bool
+    inexact_because: str | None
     max_relative_error: float | None
     measured: dict[str, Any] | None
     details: dict[str, Any]
@@ -203,10 +205,11 @@ def write_edit(
             add_legacy_keys(incomplete / "config.json", edit.config)
         measured = None
         if sample is not None:
+            layers = [block.layer.removesuffix(".") for block in moe.blocks.values()]
             target = None if edit.top_k is None else moe.target
             measured = measure(
-                Subject(moe.model_class, checkpoint, moe.config, moe.target),
-                Subject(edit.model_class, Checkpoint(incomplete), edit.config, target),
+                Subject(moe.model_class, checkpoint, moe.config, moe.target, layers),
+                Subject(edit.model_class, Checkpoint(incomplete), edit.config, target, layers),
                 sample,
                 progress,
             )
@@ -237,6 +240,7 @@ def write_edit(
         num_experts=result["num_experts"],
         num_experts_per_tok=result["num_experts_per_tok"],
         exact=error is not None and error <= FLOAT32_BOUND,
+        inexact_because=edit.inexact_because,
         max_relative_error=error,
         measured=measured,
         details=edit.details,

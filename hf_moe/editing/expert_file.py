@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..upcycling.checkpoint import is_finite
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.output import OutputFolder
@@ -60,7 +61,7 @@ class ExpertFile:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UpcycleError(f"{path} is no expert that `extract_expert` wrote ({error!r}).") from error
         for name, tensor in self.tensors.items():
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise UpcycleError(f"{path}: tensor {name!r} holds NaN or infinite values.")
 
     @property

@@ -2,6 +2,7 @@
 """Two checkpoints on one text: `measure` runs both with weights that are read when they are needed."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,21 @@ from ..upcycling.streaming import Side, output_of, streamed_model
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint, the class that computes it, its configuration, and how its experts are stored; None if it is dense."""
+    """
+    A model on disk.
+
+    Args:
+        model_class (`type`), checkpoint (`Checkpoint`), config (`PreTrainedConfig`): The class that computes it, its weights
+            and its configuration.
+        target (`Target`, *optional*): How its experts are stored; None if it is dense.
+        layers (`Sequence[str]`): Names of layers that the progress bar counts.
+    """
 
     model_class: type[PreTrainedModel]
     checkpoint: Checkpoint
     config: PreTrainedConfig
     target: Target | None
+    layers: Sequence[str] = ()
 
 
 def measure(before: Subject, after: Subject, sample: Sample, progress: bool = True) -> dict[str, Any]:
@@ -38,18 +48,25 @@ def measure(before: Subject, after: Subject, sample: Sample, progress: bool = Tr
     measured: dict[str, Any] = {"num_tokens": sample.num_tokens, "text": sample.is_text}
     for dtype in dict.fromkeys((torch.float32, before.config.dtype)):
         name = str(dtype).removeprefix("torch.")
-        with tqdm(total=2, desc=f"Comparing in {name}", unit=" models", disable=None if progress else True) as bar:
-            outputs = []
-            for subject in (before, after):
-                outputs.append(_run(subject, sample, dtype))
-                bar.update()
-        measured[name] = compare_outputs(outputs[1], outputs[0])
+        with tqdm(
+            total=len(before.layers) + len(after.layers),
+            desc=f"Comparing in {name}",
+            unit=" layers",
+            disable=None if progress else True,
+        ) as bar:
+            expected, actual = _run(before, sample, dtype, bar), _run(after, sample, dtype, bar)
+        measured[name] = compare_outputs(actual, expected)
     return measured
 
 
 @torch.no_grad()
-def _run(subject: Subject, sample: Sample, dtype: torch.dtype) -> torch.Tensor:
+def _run(subject: Subject, sample: Sample, dtype: torch.dtype, bar: tqdm) -> torch.Tensor:
+    def advance(module, args, output) -> None:
+        bar.update()  # must not be returned: it would take the place of the layer's output
+
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
     side = Side(subject.model_class, subject.checkpoint)
     model = streamed_model(side, copy.deepcopy(subject.config), dtype, subject.target)
+    for name in subject.layers:
+        model.get_submodule(name).register_forward_hook(advance)
     return output_of(model(**inputs))

@@ -20,7 +20,7 @@ from .sparse_block import SparseBlock, has_equal_rows
 
 
 SIMILARITIES = ("weights", "router")
-VALUES_AT_ONCE = 2**24
+VALUES_AT_ONCE = 2**25  # 256 MiB in float64
 ROWS_DECIDE = 1e-6  # far above the rounding of a cosine, far below what tells experts apart
 
 
@@ -129,14 +129,16 @@ def similarity_of(moe: MoeCheckpoint, block: SparseBlock, similarity: str) -> to
     if similarity == "router":
         return _cosine(rows)
     products = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64)
-    longest = max(2 * block.expert.intermediate_size, block.expert.hidden_size)
-    count = max(1, VALUES_AT_ONCE // (3 * block.num_experts * longest))
-    # Rows of every tensor at a time, so that no more than a part of each expert is in memory.
-    for start in range(0, longest, count):
-        part = slice(start, start + count)
-        experts = range(block.num_experts)
-        values = torch.stack([moe.read_expert_rows(block, expert, part).double() for expert in experts])
+    per_row = sum(tensor[0].numel() for tensor in block.expert if tensor is not None)
+    count = max(1, VALUES_AT_ONCE // (block.num_experts * per_row))
+    # Some rows of every tensor at a time, so that no more than a part of each expert is in memory.
+    start = 0
+    while (first := moe.read_expert_rows(block, 0, slice(start, start + count))).numel():
+        values = torch.empty(block.num_experts, len(first), dtype=torch.float64)
+        for expert_index in range(block.num_experts):
+            values[expert_index] = moe.read_expert_rows(block, expert_index, slice(start, start + count))
         products += values @ values.T
+        start += count
     return _cosine(products) + ROWS_DECIDE * _cosine(rows)
 
 

@@ -10,6 +10,7 @@ import copy
 import importlib
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..training.recorder import TOP_K_FIELDS
-from ..upcycling.checkpoint import Checkpoint
+from ..upcycling.checkpoint import Checkpoint, is_finite
 from ..upcycling.convert import TensorInfo, in_memory_names
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
@@ -50,7 +51,7 @@ class MoeCheckpoint:
         UpcycleError: if it is no mixture of experts, or one whose experts cannot be told apart.
     """
 
-    def __init__(self, source, revision: str | None = None):
+    def __init__(self, source: str | Path, revision: str | None = None):
         self.checkpoint = Checkpoint(source, revision)
         self.config = self.checkpoint.config
         self.config.dtype = self.checkpoint.main_dtype()
@@ -153,7 +154,7 @@ class MoeCheckpoint:
 
     def _read(self, name: str, index: int | slice | tuple[int | slice, ...] | None) -> torch.Tensor:
         tensor = self.checkpoint.read(name) if index is None else self.checkpoint.read_row(name, index)
-        if index is not None and not torch.isfinite(tensor).all():
+        if index is not None and not is_finite(tensor):
             raise UpcycleError(f"Tensor {name!r} holds NaN or infinite values. Repair the checkpoint first.")
         return tensor
 

@@ -75,6 +75,7 @@ def write_edit_card(folder: Path, provenance: dict[str, Any], parent_data: CardD
         provenance (`dict`): The content of its `hf_moe.json`.
         parent_data (`CardData`, *optional*): Metadata of the source's card: licence and languages are taken over.
     """
+    given = {name: value for name, value in provenance["arguments"].items() if value is not None}
     card = ModelCard.from_template(
         _metadata(provenance, parent_data, "edited"),
         template_path=str(TEMPLATES / "edited_model_card.md"),
@@ -82,7 +83,7 @@ def write_edit_card(folder: Path, provenance: dict[str, Any], parent_data: CardD
         parent=provenance["parent"],
         result=provenance["result"],
         measured=provenance["measured"],
-        arguments_yaml=yaml.safe_dump(provenance["arguments"], sort_keys=False).strip(),
+        arguments_yaml=yaml.safe_dump(given, sort_keys=False).strip(),
         auto_class=_auto_class(provenance["result"]["architecture"]),
     )
     card.save(folder / "README.md")

@@ -311,8 +311,8 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
                     range(num_layers)[slice(*(int(item) if item.strip() else None for item in part.split(":")))]
                 )
             else:
-                first, _, last = part.partition("-")
-                layers.update(range(int(first), int(last or first) + 1))
+                first, dash, last = part.partition("-")
+                layers.update(range(int(first), int(last if dash else first) + 1))
         except (ValueError, TypeError):
             raise ValueError(
                 f"`layers` takes indices, ranges and slices such as '4,6,8-11', '::2' or '-4:', got {text!r}."

@@ -11,9 +11,6 @@ from conftest import dense_model, save_tokenizer
 from hf_moe import UpcycleConfig, plan_upcycle
 
 
-pytestmark = pytest.mark.processes
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
@@ -22,19 +19,14 @@ def dense(tmp_path_factory):
     return folder
 
 
-def hf_moe(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from hf_moe.cli.main import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_help_names_every_command():
-    run = hf_moe("--help")
+def test_help_names_every_command(run_command):
+    run = run_command("--help")
     assert run.returncode == 0
     assert all(name in run.stdout for name in ("plan", "upcycle", "inspect"))
 
 
-def test_any_field_can_be_set(dense):
-    run = hf_moe(
+def test_any_field_can_be_set(run_command, dense):
+    run = run_command(
         "plan",
         dense,
         "--method",
@@ -50,22 +42,22 @@ def test_any_field_can_be_set(dense):
     plan = json.loads(run.stdout)
     assert plan["model_type"] == "moe_llama"
     for argument, message in (("granularit=2", "--set takes field=value with a field of"), ("seed", "got 'seed'")):
-        run = hf_moe("plan", dense, "--set", argument)
+        run = run_command("plan", dense, "--set", argument)
         assert run.returncode == 1
         assert message in run.stderr
 
 
-def test_plan_with_advice(dense):
-    run = hf_moe("plan", dense, "--num-experts", 4, "--tokens", "50B", "--json")
+def test_plan_with_advice(run_command, dense):
+    run = run_command("plan", dense, "--num-experts", 4, "--tokens", "50B", "--json")
     plan = json.loads(run.stdout)
     assert plan["advised_method"] == "copy"
     assert "2603.13364" in plan["evidence"][0]["source"]
     assert plan["bytes_to_train"] == 16 * plan["num_parameters"]
-    assert "2603.13364" in hf_moe("plan", dense, "--tokens", "50B").stdout
+    assert "2603.13364" in run_command("plan", dense, "--tokens", "50B").stdout
 
 
-def test_plan(dense):
-    run = hf_moe("plan", dense, "--num-experts", 4, "--layers", "0-1", "--json")
+def test_plan(run_command, dense):
+    run = run_command("plan", dense, "--num-experts", 4, "--layers", "0-1", "--json")
     plan = json.loads(run.stdout)
     expected = plan_upcycle(dense, UpcycleConfig(num_experts=4, layers=[0, 1]))
     assert plan["num_parameters"] == expected.num_parameters
@@ -73,9 +65,11 @@ def test_plan(dense):
     assert plan["exact"] is True
 
 
-def test_upcycle_and_inspect(dense, tmp_path):
+def test_upcycle_and_inspect(run_command, dense, tmp_path):
     (tmp_path / "recipe.yml").write_text("num_experts: 6\nseed: 3\nmethod: residual\n")
-    run = hf_moe("upcycle", dense, tmp_path / "moe", "--recipe", tmp_path / "recipe.yml", "--method", "copy", "--json")
+    run = run_command(
+        "upcycle", dense, tmp_path / "moe", "--recipe", tmp_path / "recipe.yml", "--method", "copy", "--json"
+    )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report["exact"] is True
@@ -84,7 +78,7 @@ def test_upcycle_and_inspect(dense, tmp_path):
     assert (recipe["num_experts"], recipe["seed"], recipe["method"]) == (6, 3, "copy")
 
     (tmp_path / "text.txt").write_text("the quick brown fox " * 40)
-    run = hf_moe(
+    run = run_command(
         *("inspect", tmp_path / "moe", "--text", tmp_path / "text.txt", "--length", 64, "--json"),
         *("--plot", tmp_path / "load.png", "--output", tmp_path / "statistics.json", "--max-tokens", 300),
     )
@@ -98,10 +92,10 @@ def test_upcycle_and_inspect(dense, tmp_path):
     assert "300 tokens" in run.stderr
 
 
-def test_compose(dense, tmp_path):
+def test_compose(run_command, dense, tmp_path):
     (tmp_path / "recipe.yml").write_text("method: compose\nexperts: [base, gone]\ncompose_rest: mean\nseed: 3\n")
     arguments = ("upcycle", dense, tmp_path / "moe", "--recipe", tmp_path / "recipe.yml", "--verify", "per_expert")
-    run = hf_moe(*arguments, "--expert", dense, "--expert", "base", "--expert", dense, "--json")
+    run = run_command(*arguments, "--expert", dense, "--expert", "base", "--expert", dense, "--json")
     assert run.returncode == 0, run.stderr
     errors = json.loads(run.stdout)["expert_errors"]
     assert list(errors) == [str(dense), "base"]
@@ -109,9 +103,9 @@ def test_compose(dense, tmp_path):
     recipe = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())["recipe"]
     assert recipe["experts"] == [dense.name, "base", dense.name]
     assert (recipe["num_experts"], recipe["compose_rest"], recipe["seed"]) == (3, "mean", 3)
-    run = hf_moe(*arguments, "--expert", dense, "--expert", "base", "--overwrite", "--format", "human")
+    run = run_command(*arguments, "--expert", dense, "--expert", "base", "--overwrite", "--format", "human")
     assert f"e-07 ({dense})" in run.stdout
-    run = hf_moe("plan", dense, "--method", "compose", "--expert", "base", "--expert", tmp_path / "gone")
+    run = run_command("plan", dense, "--method", "compose", "--expert", "base", "--expert", tmp_path / "gone")
     assert "No configuration at" in run.stderr
     assert run.returncode == 1
 
@@ -127,24 +121,24 @@ def test_compose(dense, tmp_path):
         (["--target", "native", "--method", "residual", "--layers", "0"], "shared expert"),
     ],
 )
-def test_errors_are_one_message_without_traceback(dense, arguments, message):
-    run = hf_moe("plan", dense, *arguments)
+def test_errors_are_one_message_without_traceback(run_command, dense, arguments, message):
+    run = run_command("plan", dense, *arguments)
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_inspect_refuses_what_it_cannot_show(dense, tmp_path):
+def test_inspect_refuses_what_it_cannot_show(run_command, dense, tmp_path):
     (tmp_path / "text.txt").write_text("hello")
-    run = hf_moe("inspect", dense, "--text", tmp_path / "text.txt")
+    run = run_command("inspect", dense, "--text", tmp_path / "text.txt")
     assert run.returncode == 1
     assert "declares no router" in run.stderr
     (tmp_path / "text.txt").write_text("")
-    run = hf_moe("inspect", dense, "--text", tmp_path / "text.txt")
+    run = run_command("inspect", dense, "--text", tmp_path / "text.txt")
     assert "no text" in run.stderr
-    run = hf_moe("inspect", dense, "--text", tmp_path / "missing.txt")
+    run = run_command("inspect", dense, "--text", tmp_path / "missing.txt")
     assert "--text: there is no file" in run.stderr
-    run = hf_moe("inspect", tmp_path / "nowhere", "--text", tmp_path / "text.txt")
+    run = run_command("inspect", tmp_path / "nowhere", "--text", tmp_path / "text.txt")
     assert "There is no folder" in run.stderr
 
 
@@ -161,28 +155,29 @@ def test_interrupt_says_how_to_go_on(dense, tmp_path):
     assert "Run the same command again" in run.stderr
 
 
-def test_recipe_file_with_a_typo_is_refused(dense, tmp_path):
+def test_recipe_file_with_a_typo_is_refused(run_command, dense, tmp_path):
     (tmp_path / "recipe.yml").write_text("num_expert: 6\n")
-    run = hf_moe("plan", dense, "--recipe", tmp_path / "recipe.yml")
+    run = run_command("plan", dense, "--recipe", tmp_path / "recipe.yml")
     assert "num_expert" in run.stderr
     assert "num_experts_per_tok" in run.stderr, "the fields that exist are listed"
     (tmp_path / "recipe.yml").write_text("num_experts: four\n")
-    run = hf_moe("plan", dense, "--recipe", tmp_path / "recipe.yml")
+    run = run_command("plan", dense, "--recipe", tmp_path / "recipe.yml")
     assert "recipe.yml" in run.stderr
     assert "validator" not in run.stderr
 
 
-def test_bench(dense, tmp_path, monkeypatch):
+def test_bench(run_command, dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = hf_moe(
+    run = run_command(
         "bench", "upcycle", dense, "--num-experts", 4, "--runs", 1, "--peer", "cp -r {source} {output}", "--json"
     )
     assert run.returncode == 0, run.stderr
     rows = {row["command"]: row for row in json.loads(run.stdout)}
-    assert list(rows) == ["upcycle", "upcycle, no proof", "cp", "peer"]
-    assert rows["upcycle"]["relative"] == 1.0
+    assert list(rows) == ["upcycle", "upcycle, no proof", "process start", "cp", "peer", "conversion"]
+    assert rows["cp"]["times_cp"] == 1.0
+    assert 0 < rows["conversion"]["median_s"] < rows["upcycle, no proof"]["median_s"]
     assert rows["upcycle"]["peak_mib"] > 100
     assert all(row["median_s"] > 0 for row in rows.values())
     assert list(tmp_path.iterdir()) == []
-    run = hf_moe("bench", "upcycle", dense, "--runs", 1, "--peer", "false", "--num-experts", 4)
+    run = run_command("bench", "upcycle", dense, "--runs", 1, "--peer", "false", "--num-experts", 4)
     assert "`false` ended with 1" in run.stderr

@@ -2,13 +2,9 @@
 """The commands that change mixtures of experts, run as a user runs them."""
 
 import json
-import sys
-from typing import NamedTuple
 
 import pytest
 from conftest import dense_model, moe_model, save_tokenizer
-
-from hf_moe.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -19,34 +15,12 @@ def moe(tmp_path_factory):
     return folder
 
 
-class Run(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
-def hf_moe(monkeypatch, capsys):
-    """Run `hf-moe` with these arguments, in this process: a new one would spend its time on imports."""
-
-    def run(*arguments) -> Run:
-        monkeypatch.setattr(sys, "argv", ["hf-moe", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        return Run(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def printed(hf_moe):
+def printed(run_command):
     """What a command prints as JSON."""
 
     def printed(*arguments) -> dict:
-        run = hf_moe(*arguments, "--json")
+        run = run_command(*arguments, "--json")
         assert run.returncode == 0, run.stderr
         return json.loads(run.stdout)
 
@@ -61,9 +35,11 @@ def test_expand_and_merge(moe, printed, tmp_path):
     assert (report["top1_agreement"], report["model_type"]) == (1.0, "moe_llama")
 
 
-def test_inspect_and_prune(moe, hf_moe, printed, tmp_path):
+def test_inspect_and_prune(moe, run_command, printed, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox " * 20)
-    run = hf_moe("inspect", moe, "--text", tmp_path / "text.txt", "--output", tmp_path / "statistics.json", "--quiet")
+    run = run_command(
+        "inspect", moe, "--text", tmp_path / "text.txt", "--output", tmp_path / "statistics.json", "--quiet"
+    )
     assert run.returncode == 0, run.stderr
     report = printed(
         *("prune", moe, tmp_path / "less", "--keep", 3, "--statistics", tmp_path / "statistics.json", "--no-verify")
@@ -99,26 +75,26 @@ def test_collapse(moe, printed, tmp_path):
         (["expand", "{dense}", "{out}"], "is no mixture of experts"),
     ],
 )
-def test_errors_are_one_message_without_traceback(moe, hf_moe, arguments, message, tmp_path):
+def test_errors_are_one_message_without_traceback(moe, run_command, arguments, message, tmp_path):
     dense_model("llama").save_pretrained(tmp_path / "dense")
     places = {"moe": moe, "out": tmp_path / "out", "dense": tmp_path / "dense"}
-    run = hf_moe(*(argument.format(**places) for argument in arguments))
+    run = run_command(*(argument.format(**places) for argument in arguments))
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupt_says_how_to_go_on(moe, hf_moe, tmp_path, monkeypatch):
+def test_interrupt_says_how_to_go_on(moe, run_command, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_moe.editing.expand.expand_experts", interrupted)
-    run = hf_moe("expand", moe, tmp_path / "more")
+    run = run_command("expand", moe, tmp_path / "more")
     assert run.returncode == 130
     assert "Run the same command again" in run.stderr
 
 
-def test_help_names_every_command(hf_moe):
-    run = hf_moe("--help")
+def test_help_names_every_command(run_command):
+    run = run_command("--help")
     assert all(name in run.stdout for name in ("expand", "prune", "merge", "collapse", "extract", "insert"))

@@ -249,6 +249,19 @@ def test_trained_residual_experts_add_to_the_shared_one(tmp_path):
     assert collapse(tmp_path / "moe", tmp_path / "same", progress=False).exact
 
 
+def test_each_composed_expert_can_be_taken_out_again(tmp_path):
+    base = save_dense(tmp_path / "base")
+    tuned = save_dense(tmp_path / "tuned")
+    change_tensors(tuned, lambda found: [found[name].mul_(0.5) for name in found if ".mlp." in name])
+    experts = {"method": "compose", "experts": ["base", str(tuned)], "num_experts": 2}
+    upcycle(base, tmp_path / "moe", UpcycleConfig(**experts, verify="none"), progress=False)
+    collapse(tmp_path / "moe", tmp_path / "back", expert=1, progress=False)
+    assert_same_bits(tuned, tmp_path / "back")
+    collapse(tmp_path / "moe", tmp_path / "mean", progress=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert_close(tensors(tmp_path / "mean")[name], 0.75 * tensors(base)[name].float(), 4e-3)
+
+
 def test_a_grown_vocabulary_stays(tmp_path):
     upcycle(save_dense(tmp_path / "dense"), tmp_path / "moe", recipe(), progress=False)
     model = load(tmp_path / "moe", dtype="auto")

@@ -9,7 +9,7 @@ from conftest import assert_close
 from huggingface_hub import ModelCard
 from small_moes import SOFTMAX_KINDS, assert_same_bits, change_tensors, load, logits, record, save_moe, tensors
 
-from hf_moe import RoutingStatistics, expand_experts
+from hf_moe import RoutingStatistics, expand_experts, merge_experts
 from hf_moe.editing import edit
 from hf_moe.training.statistics import LayerRouting
 from hf_moe.upcycling.errors import UpcycleError
@@ -66,6 +66,17 @@ def test_everything_of_our_classes_comes_along(values, tmp_path):
     assert load(tmp_path / "more").config.num_experts_per_layer == [8, 0, 4]
     assert report.exact
     assert {tensor.dtype for tensor in tensors(tmp_path / "more").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["moe_gpt2", "moe_gpt_neox"])
+def test_experts_without_a_gate(kind, tmp_path):
+    source = save_moe(tmp_path / "moe", kind)
+    assert expand_experts(source, tmp_path / "more", progress=False).exact
+    assert_close(logits(tmp_path / "more"), logits(source))
+    assert merge_experts(
+        tmp_path / "more", tmp_path / "back", num_experts=4, num_experts_per_tok=2, progress=False
+    ).exact
+    assert_same_bits(source, tmp_path / "back")
 
 
 def test_one_expert_per_token_can_be_kept(tmp_path):

@@ -77,9 +77,13 @@ CASES = [
         1.5,
         "the K weights sum to 2.5 K / E",
     ),
-    Case("`residual`, any router", {"method": "residual"}, 0.0),
+    Case("`residual`, any router", {"method": "residual", "target": "hf_moe"}, 0.0),
     Case("`residual`, any router", {"method": "residual", **UNNORMALISED}, 0.0),
-    Case("`residual`, G = 4, with noise", {"method": "residual", "granularity": 4, "expert_noise": 0.1}, 0.0),
+    Case(
+        "`residual`, G = 4, with noise",
+        {"method": "residual", "granularity": 4, "expert_noise": 0.1, "target": "hf_moe"},
+        0.0,
+    ),
     Case(
         "`granular`, G = 4, K = 4",
         {"method": "granular", "granularity": 4, "num_experts_per_tok": 4},

@@ -311,7 +311,7 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_moe.upcycling.upcycle._write_weights", stop)
+        patch.setattr("hf_moe.upcycling.output.OutputFolder.write_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             upcycle(dense_folder, tmp_path / "moe", recipe)
     with monkeypatch.context() as patch:

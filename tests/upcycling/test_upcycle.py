@@ -29,11 +29,13 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import WeakFileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
 from hf_moe.upcycling import methods, parity
 from hf_moe.upcycling.checkpoint import read_config
 from hf_moe.upcycling.errors import UpcycleError
+from hf_moe.upcycling.recipe import parse_layers
 
 
 NATIVE = {"llama": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}
@@ -801,3 +803,60 @@ def test_noise_needs_predictions_and_the_text_of_the_proof(tmp_path):
         upcycle(source, tmp_path / "moe", recipe(max_kl=0.1))
     with pytest.raises(UpcycleError, match="text of the proof"):
         upcycle_model(dense_model("llama"), recipe(max_kl=0.1))
+
+
+@torch.no_grad()
+def test_layers_with_numbers_of_experts_of_their_own(core_family, tmp_path):
+    source = save_dense(tmp_path / "dense", core_family)
+    report = upcycle(source, tmp_path / "moe", recipe(layers="0,2", num_experts=[3, 6]))
+    assert report.exact
+    assert [len(layer.counts) for layer in report.routing.layers.values()] == [3, 6]
+    moe = load(tmp_path / "moe")
+    assert moe.config.mlp_layer_types == ["sparse", "dense", "sparse"]
+    assert moe.config.num_experts_per_layer == [3, 0, 6]
+    assert [len(moe.model.layers[index].mlp.experts.down_proj) for index in (0, 2)] == [3, 6]
+    outputs = moe(ids(), labels=ids(), output_router_logits=True)
+    assert_close(outputs.logits, load(source)(ids()).logits)
+    per_layer = [
+        load_balancing_loss_func((logits,), num_experts, 2)
+        for logits, num_experts in zip(outputs.router_logits, (3, 6), strict=True)
+    ]
+    assert_close(outputs.aux_loss, sum(per_layer) / 2)
+    for name, tensor in upcycle_model(load(source), recipe(layers="0,2", num_experts=[3, 6])).state_dict().items():
+        assert torch.equal(tensor, moe.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": [4, 8]}, "one number per converted layer \\(3\\), got 2"),
+        ({"num_experts": [4, 8, 4], "target": "native"}, "all its layers have one number of experts"),
+        ({"num_experts": [3, 6, 3], "method": "split"}, "experts of different sizes"),
+        ({"layers": "7-9"}, "names \\[7, 8, 9\\], but the model has layers 0 to 2"),
+        ({"layers": "5:"}, "names none of the model's layers 0 to 2"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(values, message):
+    with pytest.raises(UpcycleError, match=message):
+        plan_upcycle(dense_config("llama"), recipe(**values))
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("4,6,8-11", [4, 6, 8, 9, 10, 11]),
+        ("::2", [0, 2, 4, 6, 8, 10]),
+        (":4", [0, 1, 2, 3]),
+        ("-3:", [9, 10, 11]),
+        ("0,-1:", [0, 11]),
+        ("1::4, 2", [1, 2, 5, 9]),
+    ],
+)
+def test_layers_as_text(text, layers):
+    assert parse_layers(text, 12) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "1:2:3:4", "::0", "3.5"])
+def test_layers_that_are_no_text_of_layers(text):
+    with pytest.raises(StrictDataclassError, match="takes indices, ranges and slices"):
+        recipe(layers=text)
