@@ -261,8 +261,10 @@ def in_memory_names(names: list[str], model: PreTrainedModel) -> dict[str, str]:
     Checkpoints may have been saved by another release, or by a class with another head: GPT-2's have no
     `transformer.`, ViT's layers had other names.
     """
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     state_dict = model.state_dict()
+    if all(name in state_dict for name in names):
+        return {name: name for name in names}  # the mapping takes a while to be made
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     return {name: rename_source_key(name, renamings, [], model.base_model_prefix, state_dict)[0] for name in names}
 
 
@@ -276,7 +278,9 @@ def names_to_convert(names: list[str], model: PreTrainedModel) -> dict[str, str]
         UpcycleError: if transformers would compute a tensor from those on disk, or load two of them into one.
     """
     in_memory, expected = in_memory_names(names, model), model.state_dict()
-    converters = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter)]
+    converters = []
+    if any(name not in expected for name in names):
+        converters = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightConverter)]
     constants = [*SAVED_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or [])]
     # Of two tied tensors a checkpoint may hold either.
     found = set(in_memory.values())

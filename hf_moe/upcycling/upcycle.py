@@ -116,7 +116,7 @@ def upcycle(
     if needs_calibration(recipe):
         max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
         calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
-    sample = draw_sample(checkpoint, recipe)
+    sample = functools.cache(functools.partial(draw_sample, checkpoint, recipe))
     cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
     described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
 
@@ -129,7 +129,7 @@ def upcycle(
         expert_noise = float(recipe.expert_noise)
         if recipe.max_kl is not None:
             side = Side(dense_class(checkpoint.config), checkpoint, find_family(checkpoint.config).layers)
-            expert_noise = _find_noise(incomplete, side, plan, recipe, sample, steps_for, progress)
+            expert_noise = _find_noise(incomplete, side, plan, recipe, sample(), steps_for, progress)
             steps = steps_for(dataclasses.replace(recipe, expert_noise=expert_noise, max_kl=None))
         output.write_weights(writer, steps, progress)
         model = meta_model(plan.model_class, plan.config)
@@ -138,7 +138,7 @@ def upcycle(
             add_legacy_keys(incomplete / "config.json", plan.config)
         parity = None
         if recipe.verify != "none":
-            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
+            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample(), writer, progress)
         provenance = {**_provenance(recipe, plan, checkpoint, described, parity), "expert_noise": expert_noise}
         write_provenance(incomplete, provenance)
         write_model_card(incomplete, provenance, cards[BASE])

@@ -9,10 +9,12 @@ says which steps are done, so that an interrupted run goes on where it stopped.
 import contextlib
 import io
 import json
+import os
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -23,6 +25,7 @@ from .errors import UpcycleError
 
 
 JOURNAL = ".upcycle-journal.jsonl"
+MIN_BACKGROUND_BYTES = 2**20
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -59,6 +62,7 @@ class ShardWriter:
             for name, start in self._starts(names)
         }
         fingerprint = f"{fingerprint}/{zlib.crc32(b''.join(headers.values())):08x}"
+        self.pool = ThreadPoolExecutor(max_workers=1)
         self.journal = folder / JOURNAL
         self.checksums: dict[str, dict[str, int]] = {}
         if self.journal.exists():
@@ -83,7 +87,6 @@ class ShardWriter:
         """Write a step, yielding the number of bytes after each piece, and enter it in the journal."""
         checksums, written = dict.fromkeys(step.tensors, 0), dict.fromkeys(step.tensors, 0)
         with contextlib.ExitStack() as stack:
-            pool = stack.enter_context(ThreadPoolExecutor(max_workers=1))
             files = {
                 file: stack.enter_context((self.folder / file).open("r+b", buffering=0))
                 for file in {self.start[name][0] for name in step.tensors}
@@ -96,9 +99,10 @@ class ShardWriter:
                     raise RuntimeError(
                         f"Pieces of {piece.name!r} must come in order: {offset} != {written[piece.name]}."
                     )
-                checksum = pool.submit(zlib.crc32, data, checksums[piece.name])
-                files[file].seek(start + offset)
-                _write_all(files[file], data)
+                # Both leave the interpreter to others, so the checksum of what is large costs no time of its own.
+                compute = self.pool.submit if len(data) > MIN_BACKGROUND_BYTES else _at_once
+                checksum = compute(zlib.crc32, data, checksums[piece.name])
+                _write_all(files[file], data, start + offset)
                 checksums[piece.name] = checksum.result()
                 written[piece.name] += len(data)
                 yield len(data)
@@ -165,9 +169,16 @@ class ShardWriter:
         return len(text).to_bytes(8, "little") + text
 
 
-def _write_all(file: io.FileIO, data: memoryview) -> None:
+def _at_once(function: Callable[..., int], *arguments: Any) -> Future:
+    future: Future = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def _write_all(file: io.FileIO, data: memoryview, offset: int) -> None:
     while data:
-        data = data[file.write(data) :]
+        count = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[count:], offset + count
 
 
 def _bytes_of(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
