@@ -233,7 +233,8 @@ def of_granular(view: SparseView) -> FeedForward:
         copy = _side_by_side(list(view.experts(range(first, first + granularity))))
     else:
         copy = weighted_mean(_copies(view), torch.full((count,), 1 / count, dtype=torch.float64))
-    return _without_scale(copy, granularity * missing, view.recipe.scale_on, bias_scale=missing)
+    copy = _without_scale(copy, granularity, view.recipe.scale_on)
+    return _without_scale(copy, missing, view.recipe.scale_on, bias_scale=missing)
 
 
 def _copies(view: SparseView) -> Iterator[FeedForward]:
@@ -260,7 +261,9 @@ def of_split(view: SparseView) -> FeedForward:
     """The neurons of all experts and of the shared one, in their old order where it can be drawn again."""
     recipe = view.recipe
     routed = _side_by_side(list(view.experts()))
-    dense = _without_scale(routed, recipe.num_experts_per_tok if recipe.norm_topk_prob else 1, recipe.scale_on)
+    missing = view.missing_weight
+    dense = _without_scale(routed, recipe.num_experts_per_tok, recipe.scale_on)
+    dense = _without_scale(dense, missing, recipe.scale_on, bias_scale=missing)
     if recipe.num_shared_neurons:
         shared = view.needed_shared_expert
         bias = None if dense.down_bias is None else _plus(dense.down_bias, shared.down_bias)

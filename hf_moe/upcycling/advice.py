@@ -91,7 +91,8 @@ NVIDIA = Statement(
     "https://huggingface.co/papers/2410.07524, table 1",
 )
 DROP = Statement(
-    "After 500B tokens drop with 5.9B active parameters equals a dense model of 13B at about a quarter of the operations",
+    "Drop with 5.9B active parameters equals a dense model of 13B at about a quarter of the operations, after 500B tokens as "
+    "https://huggingface.co/papers/2603.13364 reports it",
     "https://huggingface.co/papers/2502.19261, abstract",
 )
 SPARSE_UPCYCLING = Statement(
@@ -132,10 +133,16 @@ def advise(tokens: float, dense_tokens: float | None = None) -> Advice:
             "from the dense model's quality ('residual' if the router must not disturb it while it learns)"
         )
         return Advice("copy", because, [FINERMOE])
-    if tokens < 1e11:
-        because = "at 50B tokens it is the one method reported to beat continued dense training; drop and split have not recovered"
+    if tokens < 5e11:
+        because = (
+            "at 50B tokens it is the one of these methods reported to match or beat continued dense training at every size; drop "
+            "and split have not recovered there, and nothing was published up to 500B"
+        )
         return Advice("copy", because, [FINERMOE, SPARSE_UPCYCLING, SCALING])
-    because = "from hundreds of billions of tokens on, re-initialised neurons are reported to pay; 'granular' does at equal operations"
+    because = (
+        "from 500B tokens on re-initialised neurons are reported to pay; 'granular' does at equal operations, and plain 'copy' "
+        "at more of them"
+    )
     return Advice("drop", because, [DROP, NVIDIA, FINERMOE, SKYWORK, SCALING])
 
 

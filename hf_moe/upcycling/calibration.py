@@ -24,12 +24,13 @@ from .feed_forward import FeedForward, LayerContext
 from .partition import NEURON_EXPERT, co_activation_partition, importance_partition
 from .plan import UpcyclePlan
 from .recipe import UpcycleConfig
-from .router_data import cluster_sequences
+from .router_data import cluster_sequences, with_logit_std
 from .router_init import ROUTER_INITIALIZERS, ROUTER_ROWS, Seen
 
 
 SEQUENCE_LENGTH = 512
 MIN_TOKENS_PER_ROW = 32
+TOKENS_KEPT_PER_LAYER = 512
 Observations = dict[int, dict[str, torch.Tensor]]
 
 
@@ -66,12 +67,6 @@ class Calibration:
         )
 
 
-def needs_calibration(recipe: UpcycleConfig) -> bool:
-    """Whether the recipe lets data decide something."""
-    by_data = recipe.method == "split" and recipe.split_by in ("activation", "gradient")
-    return by_data or ROUTER_INITIALIZERS[recipe.router_init].needs is not None
-
-
 def read_calibration(
     recipe: UpcycleConfig, plan: UpcyclePlan, tokenizer: PreTrainedTokenizerBase | None, max_length: int
 ) -> Calibration:
@@ -106,6 +101,11 @@ def read_calibration(
             f"router_init={recipe.router_init!r} needs one file of `calibration_text` per row of the router ({num_rows}), got "
             f"{len(files)}."
         )
+    if recipe.method == "split" and recipe.split_by == "gradient" and len(files) not in (1, num_rows):
+        raise UpcycleError(
+            f"split_by='gradient' takes one file of `calibration_text` per expert ({num_rows}), or one that is cut into clusters; "
+            f"got {len(files)}."
+        )
     return _read_texts(recipe, tokenizer, min(max_length, SEQUENCE_LENGTH), [Path(file) for file in files], num_rows)
 
 
@@ -137,11 +137,12 @@ def calibrate(
     contexts = {index: LayerContext(recipe, index, count) for index, count in plan.experts_in_layer.items()}
     initializer = ROUTER_INITIALIZERS[recipe.router_init]
     split_by = recipe.split_by if recipe.method == "split" else None
-    lengths: dict[int, float] = {}
+    some_inputs: dict[int, torch.Tensor] = {}
 
     def observe(index: int, hidden_states: torch.Tensor) -> None:
         seen, context = calibration.seen(hidden_states, folder), contexts[index]
-        lengths[index] = seen.inputs_TH.square().sum(dim=-1).mean().sqrt().item()
+        if not initializer.of_layer:
+            some_inputs[index] = seen.inputs_TH[:: math.ceil(len(seen.inputs_TH) / TOKENS_KEPT_PER_LAYER)].clone()
         if initializer.needs is not None and initializer.of_layer:
             observations[index][ROUTER_ROWS] = initializer.build(plan.num_router_rows(index), seen, context)
         if split_by == "activation":
@@ -154,8 +155,8 @@ def calibrate(
         seen = calibration.seen(last_hidden_state, None)
         for index, context in contexts.items():
             directions = initializer.build(plan.num_router_rows(index), seen, context)
-            length = recipe.router_logit_std * math.sqrt(directions.shape[1]) / lengths[index]
-            observations[index][ROUTER_ROWS] = directions * length
+            rows = with_logit_std(directions, some_inputs[index], recipe.router_logit_std)
+            observations[index][ROUTER_ROWS] = rows
     if split_by == "gradient":
         importance = neuron_importance(model, calibration, family, list(contexts), progress)
         for index, context in contexts.items():
@@ -242,7 +243,8 @@ def _read_texts(
         ids = tokenizer(read_text(path), truncation=False, verbose=False)["input_ids"][:per_file]
         if len(ids) < MIN_TOKENS_PER_ROW:
             raise UpcycleError(
-                f"The calibration text {path} has {len(ids)} tokens; each file needs at least {MIN_TOKENS_PER_ROW}."
+                f"The calibration text {path} gives {len(ids)} tokens; each file needs at least {MIN_TOKENS_PER_ROW}. Give more text, "
+                f"or raise `calibration_tokens` ({recipe.calibration_tokens})."
             )
         blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
         sequences += blocks
@@ -285,6 +287,8 @@ def _read_prompts(
         for kind in ("positive", "negative"):
             for prompt in entry.get(kind, []):
                 sequences.append(tokenizer(prompt, truncation=True, max_length=max_length)["input_ids"])
+                if not sequences[-1]:
+                    raise UpcycleError(f"The prompt {prompt!r} of expert {expert_index} has no tokens.")
                 domains.append(expert_index)
                 is_negative.append(kind == "negative")
     return _padded(sequences, domains, is_negative, num_rows)

@@ -2,7 +2,7 @@
 """
 The conversion itself, free of files: which tensors the result has, and how each is made from the dense ones.
 
-`plan_tensors` lists names, types and shapes; `Step.pieces` then makes the values, one expert at a time. Both the
+`plan_steps` lists names, types and shapes; `Step.pieces` then makes the values, one expert at a time. Both the
 streaming writer and the in-memory conversion run these steps, which is why their results are equal to the bit.
 """
 

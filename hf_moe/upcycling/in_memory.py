@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .calibration import Observations, calibrate, needs_calibration, read_calibration
+from .calibration import Observations, calibrate, read_calibration
 from .checkpoint import is_finite
 from .compose import BASE
 from .convert import DenseTensors, in_memory_names, plan_steps
@@ -81,7 +81,7 @@ def upcycle_model(
     composition = compose_parents(parents, recipe)
 
     observations: Observations = {index: {} for index in plan.experts_in_layer}
-    if needs_calibration(recipe):
+    if recipe.looks_at_text:
         family = find_family(dense_config)
         layers = layer_prefix(family, model)
         calibration = read_calibration(recipe, plan, tokenizer, getattr(dense_config, "max_position_embeddings", 0))

@@ -130,10 +130,7 @@ def copy(dense: FeedForward, context: LayerContext) -> SparseLayer:
     model's loss zero until the experts differ: train with the load-balancing loss on. Without `norm_topk_prob` the K
     weights of a router of zeros sum to K / E, which the experts make up for.
     """
-    recipe = context.recipe
-    if not recipe.norm_topk_prob:
-        scale = context.num_experts / recipe.num_experts_per_tok
-        dense = scale_output(dense, scale, recipe.scale_on, bias_scale=scale)
+    dense = _with_whole_weight(dense, context)
     return SparseLayer(expert=lambda expert_index: dense)
 
 
@@ -203,14 +200,20 @@ def granular(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     size = dense.intermediate_size // recipe.granularity
-    missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
-    scaled = scale_output(dense, recipe.granularity * missing, recipe.scale_on, bias_scale=missing)
+    scaled = scale_output(_with_whole_weight(dense, context), recipe.granularity, recipe.scale_on)
 
     def expert(expert_index: int) -> FeedForward:
         shard = expert_index % recipe.granularity
         return scaled.take(slice(shard * size, (shard + 1) * size))
 
     return SparseLayer(expert=expert)
+
+
+def _with_whole_weight(dense: FeedForward, context: LayerContext) -> FeedForward:
+    """The feed-forward, made up for weights that do not sum to 1: a router of zeros gives K experts K / E."""
+    recipe = context.recipe
+    missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
+    return scale_output(dense, missing, recipe.scale_on, bias_scale=missing)
 
 
 def scale_output(dense: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:
@@ -283,6 +286,7 @@ def drop(dense: FeedForward, context: LayerContext) -> SparseLayer:
     script that was released with it, which leaves far fewer neurons intact.
     """
     recipe = context.recipe
+    dense = _with_whole_weight(dense, context)
     count = math.floor(recipe.reinit_ratio * dense.intermediate_size)
 
     def expert(expert_index: int) -> FeedForward:
@@ -334,6 +338,7 @@ def qwen(dense: FeedForward, context: LayerContext) -> SparseLayer:
     and standard deviation.
     """
     recipe = context.recipe
+    dense = _with_whole_weight(dense, context)
     size = dense.intermediate_size // recipe.granularity
 
     def expert(expert_index: int) -> FeedForward:
@@ -355,8 +360,8 @@ def qwen(dense: FeedForward, context: LayerContext) -> SparseLayer:
 def _split_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
     if any(recipe.num_experts_per_tok < num_experts for num_experts in recipe.expert_counts):
         return "a token gets a part of the dense neurons only (split with num_experts_per_tok < num_experts)"
-    if recipe.router_init != "zero" or not recipe.norm_topk_prob:
-        return "the experts are weighted unequally; with all of them chosen, router_init='zero' and norm_topk_prob are exact"
+    if recipe.router_init != "zero":
+        return "the experts are weighted unequally; with all of them chosen, router_init='zero' is exact"
     return _scaling_rounds(recipe, recipe.num_experts_per_tok, dtype, is_gated)
 
 
@@ -387,7 +392,7 @@ def split(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     groups, shared = partition_neurons(dense, context)
-    scaled = scale_output(dense, recipe.num_experts_per_tok if recipe.norm_topk_prob else 1, recipe.scale_on)
+    scaled = scale_output(_with_whole_weight(dense, context), recipe.num_experts_per_tok, recipe.scale_on)
     shared_expert = None
     if len(shared):
         shared_expert = dense.take(shared)

@@ -125,6 +125,7 @@ def plan_upcycle(
     experts = read_expert_configs(recipe) if experts is None else experts
     check_experts(dense_config, experts)
     dense_model = meta_model(dense_class(dense_config), dense_config)
+    _check_what_it_looks_at(recipe, dense_model)
     dense = _meta_feed_forward(dense_model, layer_prefix(family, dense_model), family)
     experts_in = find_sparse_layers(dense_config, recipe)
     sizes = _sizes(recipe, list(experts_in.values()), dense.intermediate_size)
@@ -161,6 +162,20 @@ def plan_upcycle(
     )
 
 
+def _check_what_it_looks_at(recipe: UpcycleConfig, dense_model: PreTrainedModel) -> None:
+    """Refuse recipes that want of the dense model what it cannot give."""
+    name = type(dense_model).__name__
+    if recipe.looks_at_text and hasattr(dense_model.config, "image_size"):
+        raise UpcycleError(
+            f"{name} sees images, but router_init={recipe.router_init!r} and split_by={recipe.split_by!r} look at text. Use "
+            "'normal', 'orthogonal' or 'zero', and a `split_by` of 'random' or 'kmeans'."
+        )
+    if recipe.method == "split" and recipe.split_by == "gradient" and not dense_model.can_generate():
+        raise UpcycleError(f"split_by='gradient' needs the loss of a causal language model, not of {name}.")
+    if recipe.max_kl is not None and dense_model.base_model is dense_model:
+        raise UpcycleError(f"`max_kl` compares predictions, and {name} makes none. Give `expert_noise`.")
+
+
 def _warnings(recipe: UpcycleConfig, is_gated: bool) -> list[str]:
     found = []
     if recipe.router_init == "zero":
@@ -173,7 +188,7 @@ def _warnings(recipe: UpcycleConfig, is_gated: bool) -> list[str]:
             "scale_on='megatron' is for comparison with Megatron-Core: it changes what goes through the activation, and so the "
             f"output, {'by 6 to 30 % for 2 to 16 parts' if is_gated else 'unless the activation is ReLU'}. Use 'up_down'."
         )
-    if recipe.method in ("drop", "qwen", "split"):
+    if recipe.method in ("drop", "qwen", "split") and recipe.reinit_ratio:
         found.append(
             f"method {recipe.method!r} starts far from the dense model. After 50B tokens such starts were reported well below the "
             "dense model (https://huggingface.co/papers/2603.13364, table 1); 'copy' and 'residual' start from its quality."

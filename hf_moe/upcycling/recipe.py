@@ -77,7 +77,8 @@ class UpcycleConfig:
             Standard deviation of the router logits that the initialisation aims at.
         calibration_text (`str` or `list[str]`, *optional*):
             Text files, or `.jsonl` files with a field `text`, for what looks at data. `"ridge"` and `"domain_embedding"`
-            take file e as the domain of expert e.
+            take file e as the domain of expert e, and so does `split_by="gradient"` where there are several. The proof and
+            its report of the routing look at this text too.
         calibration_tokens (`int`, *optional*, defaults to 8192):
             How many tokens of it are used, the same number of each file. They pass through the model at once, so memory
             grows with them.
@@ -162,6 +163,8 @@ class UpcycleConfig:
         for field, smallest in (("granularity", 1), ("num_shared_neurons", 0), ("calibration_tokens", 1)):
             if getattr(self, field) < smallest:
                 raise ValueError(f"`{field}` must be at least {smallest}, got {getattr(self, field)}.")
+        if self.router_logit_std == 0:
+            raise ValueError("`router_logit_std` must be positive, got 0. A router of zeros is router_init='zero'.")
         for field in ("router_logit_std", "router_aux_loss_coef", "expert_noise", "ridge_penalty"):
             value = getattr(self, field)
             if not 0 <= value < float("inf"):
@@ -178,7 +181,7 @@ class UpcycleConfig:
     def validate_method(self):
         used_by = {
             "granularity": ("granular", "qwen", "residual"),
-            "scale_on": ("copy", "granular", "split"),
+            "scale_on": ("copy", "drop", "granular", "qwen", "split"),
             "reinit_ratio": ("drop", "qwen"),
             "index_sets": ("drop",),
             "split_by": ("split",),
@@ -226,14 +229,18 @@ class UpcycleConfig:
         for field in ("ridge_penalty", "router_statistics"):
             if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.router_init != "ridge":
                 raise ValueError(f"`{field}` has no effect on router_init={self.router_init!r}, only on 'ridge'.")
-        by_text = needs in ("text", "domains") or (
-            self.method == "split" and self.split_by in ("activation", "gradient")
-        )
-        if self.calibration_text is not None and not by_text:
+        splits_by_text = self.method == "split" and self.split_by in ("activation", "gradient")
+        if needs == "prompts" and splits_by_text:
             raise ValueError(
-                f"`calibration_text` has no effect on router_init={self.router_init!r} and method {self.method!r}: neither "
-                "looks at text."
+                f"router_init='prompts' and split_by={self.split_by!r} would look at different text, prompts and "
+                "`calibration_text`. Use another of the two."
             )
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether text or prompts decide something."""
+        splits_by_text = self.method == "split" and self.split_by in ("activation", "gradient")
+        return splits_by_text or ROUTER_INITIALIZERS[self.router_init].needs is not None
 
     @property
     def calibration_files(self) -> list[str]:
@@ -251,6 +258,11 @@ class UpcycleConfig:
             raise ValueError(
                 "Method 'compose' needs `experts`: folders or Hub ids, at least one of them another model than 'base' (the "
                 f"source), got {self.experts}."
+            )
+        if not self.norm_topk_prob:
+            raise ValueError(
+                "Method 'compose' needs `norm_topk_prob`: weights that do not sum to 1 would make each expert another model than "
+                "its checkpoint."
             )
         if self.num_experts != len(self.experts):
             raise ValueError(

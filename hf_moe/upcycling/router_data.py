@@ -86,7 +86,7 @@ def domain_embedding(num_rows: int, seen: Seen, context: LayerContext) -> torch.
     """
     Row e is the embedding of domain e's text, the mean of the model's last hidden states, less the mean of the domains.
 
-    The rows are the same in all layers, of length 1; [`calibrate`] scales them to each layer's inputs.
+    The rows are the same in all layers but for their length, which follows each layer's inputs.
     """
     document_NH = sequence_means(seen)
     domain_N = torch.zeros(len(document_NH), dtype=torch.long).index_copy(0, seen.sequence_T, seen.domain_T)

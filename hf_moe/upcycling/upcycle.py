@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..hub.card import licence, read_parent_card, write_model_card
 from ..training.statistics import RoutingStatistics
 from ..version import __version__
-from .calibration import Calibration, Observations, calibrate, needs_calibration, read_calibration
+from .calibration import Calibration, Observations, calibrate, read_calibration
 from .checkpoint import Checkpoint, load_tokenizer
 from .compose import BASE, parse_expert
 from .convert import Step, plan_steps
@@ -113,7 +113,7 @@ def upcycle(
 
     steps = steps_for(recipe)
     calibration = None
-    if needs_calibration(recipe):
+    if recipe.looks_at_text:
         max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
         calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
     sample = functools.cache(functools.partial(draw_sample, checkpoint, recipe))
@@ -264,10 +264,6 @@ def _observe(
     family = find_family(checkpoint.config)
     model_class, dtype = dense_class(checkpoint.config), checkpoint.config.dtype
     if recipe.method == "split" and recipe.split_by == "gradient":
-        if not model_class.__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            raise UpcycleError(
-                f"split_by='gradient' needs the loss of a causal language model, not of {model_class.__name__}."
-            )
         model = model_class.from_pretrained(checkpoint.folder, dtype=dtype)
     else:
         model = streamed_model(Side(model_class, checkpoint, family.layers), checkpoint.config, dtype)
@@ -305,10 +301,6 @@ def _find_noise(
     """The noise that `max_kl` allows; an interrupted run left it on disk, so that the rest fits what is written."""
     path = incomplete / NOISE
     if not path.exists():
-        if plan.architecture.endswith("Model"):
-            raise UpcycleError(
-                f"`max_kl` compares predictions, and {plan.architecture} makes none. Give `expert_noise`."
-            )
         noise = find_expert_noise(dense, plan, recipe, sample, steps_for, progress=progress)
         path.with_suffix(".partial").write_text(repr(noise), encoding="utf-8")
         path.with_suffix(".partial").rename(path)

@@ -69,9 +69,11 @@ def test_a_classifier_has_no_cache():
     [
         (1e8, None, "copy"),
         (5e10, None, "copy"),
+        (4.9e11, None, "copy"),
         (5e11, None, "drop"),
         (5e11, 1e12, "drop"),
-        (5e11, 2e11, "from scratch"),
+        (5e11, 2.5e11, "from scratch"),
+        (5e11, 2.6e11, "drop"),
     ],
 )
 def test_advice_follows_the_evidence(tokens, dense_tokens, method):

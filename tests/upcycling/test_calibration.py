@@ -214,7 +214,14 @@ def test_domain_embedding_is_one_direction_for_all_layers():
     documents = (last * weights).sum(dim=1)
     domains = torch.stack([documents[data.domain_N == domain].mean(dim=0) for domain in range(4)])
     expected = torch.nn.functional.normalize(domains - domains.mean(dim=0), dim=-1)
-    for rows in found.values():
+    inputs = []
+    for layer in dense.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    dense(input_ids=data.input_ids, attention_mask=data.attention_mask)
+    for rows, hidden_states in zip(found.values(), inputs, strict=True):
+        assert spread(hidden_states[data.attention_mask.bool()] @ rows["router_rows"].T) == pytest.approx(
+            1.0, rel=1e-3
+        )
         assert_close(torch.nn.functional.normalize(rows["router_rows"], dim=-1), expected)
 
 
@@ -326,7 +333,7 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
     [
         ({"router_init": "kmeans"}, "give `calibration_text`"),
         ({"router_init": "kmeans", "calibration_text": "missing.txt"}, "missing.txt cannot be read"),
-        ({"router_init": "kmeans", "calibration_text": "short.txt"}, "has 4 tokens; each file needs at least 32"),
+        ({"router_init": "kmeans", "calibration_text": "short.txt"}, "gives 4 tokens; each file needs at least 32"),
         (
             {"router_init": "kmeans", "calibration_text": "little.txt"},
             "has 40 tokens, but 4 experts need at least 32 each",
@@ -337,8 +344,16 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
             {"router_init": "domain_embedding", "calibration_text": ["code.txt"]},
             "one file of `calibration_text` per row",
         ),
+        (
+            {"method": "split", "split_by": "gradient", "num_experts": 6, "calibration_text": ["code.txt"] * 3},
+            r"one file of `calibration_text` per expert \(6\)",
+        ),
         ({"router_init": "prompts"}, r"one entry of `prompts` per row of the router \(4\), got 0"),
         ({"router_init": "prompts", "prompts": [{"positive": ["a"]}] * 3}, r"\(4\), got 3"),
+        (
+            {"router_init": "kmeans", "calibration_text": "code.txt", "calibration_tokens": 9},
+            "raise `calibration_tokens` ",
+        ),
         (
             {"router_init": "kmeans", "num_experts": [4, 4, 8], "calibration_text": "code.txt"},
             "the same number of experts",
@@ -359,7 +374,11 @@ def test_bad_calibration_is_refused(values, message, dense_folder, tmp_path, mon
     ("values", "message"),
     [
         ({"prompts": [{"positive": ["a"]}] * 8}, "`prompts` has no effect"),
-        ({"calibration_text": "a.txt"}, "`calibration_text` has no effect"),
+        ({"router_logit_std": 0}, "router_init='zero'"),
+        (
+            {"router_init": "prompts", "prompts": [{"positive": ["a"]}], "method": "split", "split_by": "activation"},
+            "would look at different text",
+        ),
         ({"router_init": "kmeans", "ridge_penalty": 0.5}, "`ridge_penalty` has no effect"),
         ({"router_init": "prompts", "prompts": [{"good": ["a"]}]}, "may have 'positive' and 'negative'"),
         ({"router_init": "prompts", "prompts": [{"positive": []}]}, "at least one 'positive'"),
@@ -396,3 +415,17 @@ def test_too_few_sequences_for_clusters(dense_folder, tmp_path, monkeypatch):
     values = {**recipes(dense_folder)["gradient, clustered"], "num_experts": 6, "calibration_tokens": 2000}
     with pytest.raises(UpcycleError, match="too few to form 6 clusters"):
         upcycle(dense_folder, tmp_path / "moe", UpcycleConfig(**values))
+
+
+def test_text_says_nothing_of_images():
+    recipe = UpcycleConfig(num_experts=4, router_init="kmeans", calibration_text="unread")
+    with pytest.raises(UpcycleError, match="ViTModel sees images"):
+        plan_upcycle(dense_model("vit", "Model").config, recipe)
+
+
+def test_the_proof_looks_at_the_calibration_text_of_any_recipe(dense_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 400)
+    report = upcycle(
+        dense_folder, tmp_path / "moe", UpcycleConfig(num_experts=4, calibration_text=str(tmp_path / "a.txt"))
+    )
+    assert report.routing.summary()["dead_fraction"] > 0  # one letter cannot reach all experts
