@@ -13,9 +13,9 @@ import torch
 
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward, LayerContext
-from ..upcycling.methods import scale_output
 from ..upcycling.partition import partition_neurons
 from ..upcycling.recipe import UpcycleConfig
+from ..upcycling.scaling import scale_output
 from .dense_parent import DenseParent
 from .merge import equal, weighted_mean
 from .moe_checkpoint import MoeCheckpoint
@@ -295,7 +295,7 @@ def _plus(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def _without_scale(feed_forward: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:
-    """Undo [`~hf_moe.upcycling.methods.scale_output`]."""
+    """Undo [`~hf_moe.upcycling.scaling.scale_output`]."""
     factors = scale_output(feed_forward.map(lambda name, tensor: torch.ones(1)), scale, scale_on, bias_scale)
 
     def divide(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from .errors import UpcycleError
 from .feed_forward import FeedForward, LayerContext, LayerSizes, SparseLayer
 from .partition import partition_neurons
+from .scaling import scale_output, scaling_rounds, with_whole_weight
 
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _copy_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool
             "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False); only a router of zeros is exact"
         )
     scales = {num_experts / recipe.num_experts_per_tok for num_experts in recipe.expert_counts}
-    return next((reason for scale in scales if (reason := _scaling_rounds(recipe, scale, dtype, is_gated))), None)
+    return next((reason for scale in scales if (reason := scaling_rounds(recipe, scale, dtype, is_gated))), None)
 
 
 @upcycling_method(
@@ -130,7 +131,7 @@ def copy(dense: FeedForward, context: LayerContext) -> SparseLayer:
     model's loss zero until the experts differ: train with the load-balancing loss on. Without `norm_topk_prob` the K
     weights of a router of zeros sum to K / E, which the experts make up for.
     """
-    dense = _with_whole_weight(dense, context)
+    dense = with_whole_weight(dense, context)
     return SparseLayer(expert=lambda expert_index: dense)
 
 
@@ -170,7 +171,7 @@ def residual(dense: FeedForward, context: LayerContext) -> SparseLayer:
 def _granular_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
     if not recipe.norm_topk_prob:
         return "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False)"
-    return _scaling_rounds(recipe, recipe.granularity, dtype, is_gated)
+    return scaling_rounds(recipe, recipe.granularity, dtype, is_gated)
 
 
 def _granular_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
@@ -200,59 +201,13 @@ def granular(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     size = dense.intermediate_size // recipe.granularity
-    scaled = scale_output(_with_whole_weight(dense, context), recipe.granularity, recipe.scale_on)
+    scaled = scale_output(with_whole_weight(dense, context), recipe.granularity, recipe.scale_on)
 
     def expert(expert_index: int) -> FeedForward:
         shard = expert_index % recipe.granularity
         return scaled.take(slice(shard * size, (shard + 1) * size))
 
     return SparseLayer(expert=expert)
-
-
-def _with_whole_weight(dense: FeedForward, context: LayerContext) -> FeedForward:
-    """The feed-forward, made up for weights that do not sum to 1: a router of zeros gives K experts K / E."""
-    recipe = context.recipe
-    missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
-    return scale_output(dense, missing, recipe.scale_on, bias_scale=missing)
-
-
-def scale_output(dense: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:
-    """
-    Multiply what the neurons add to the output by `scale`, and the output bias by `bias_scale`.
-
-    `"up_down"` shares the factor out between the two matrices in which the output is linear: up and down with a gate,
-    down alone without. A power of two is split into two, which no data type rounds. `"down"` scales down alone.
-    `"megatron"` takes the same root of the factor for all matrices, as Megatron-Core does; the activation is not
-    homogeneous, so that this changes the function.
-    """
-    if scale == 1:
-        return dense
-    factors = dict.fromkeys(("gate", "up", "down"), 1.0)
-    if scale_on == "megatron":
-        factors = dict.fromkeys(factors, scale ** (1 / 3 if dense.is_gated else 1 / 2))
-    elif scale_on == "up_down" and dense.is_gated:
-        exponent = math.log2(scale)
-        half = exponent // 2 if exponent.is_integer() else exponent / 2
-        factors |= {"up": 2**half, "down": 2 ** (exponent - half)}
-    else:
-        factors["down"] = scale
-
-    def multiply(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        factor = bias_scale if name == "down_bias" else factors[name.partition("_")[0]]
-        return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
-
-    return dense.map(multiply)
-
-
-def _scaling_rounds(recipe: "UpcycleConfig", scale: float, dtype: torch.dtype, is_gated: bool) -> str | None:
-    """Why multiplying the output by `scale` is not exact; None if it is."""
-    if scale == 1:
-        return None
-    if recipe.scale_on == "megatron":
-        return "scale_on='megatron' also scales what goes through the activation"
-    if not math.log2(scale).is_integer() and dtype not in (torch.float32, torch.float64):
-        return f"weights scaled by {scale:g}, which is no power of two, are rounded to {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def _shard_size(recipe: "UpcycleConfig", size: int) -> int:
@@ -286,7 +241,7 @@ def drop(dense: FeedForward, context: LayerContext) -> SparseLayer:
     script that was released with it, which leaves far fewer neurons intact.
     """
     recipe = context.recipe
-    dense = _with_whole_weight(dense, context)
+    dense = with_whole_weight(dense, context)
     count = math.floor(recipe.reinit_ratio * dense.intermediate_size)
 
     def expert(expert_index: int) -> FeedForward:
@@ -338,7 +293,7 @@ def qwen(dense: FeedForward, context: LayerContext) -> SparseLayer:
     and standard deviation.
     """
     recipe = context.recipe
-    dense = _with_whole_weight(dense, context)
+    dense = with_whole_weight(dense, context)
     size = dense.intermediate_size // recipe.granularity
 
     def expert(expert_index: int) -> FeedForward:
@@ -362,7 +317,7 @@ def _split_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: boo
         return "a token gets a part of the dense neurons only (split with num_experts_per_tok < num_experts)"
     if recipe.router_init != "zero":
         return "the experts are weighted unequally; with all of them chosen, router_init='zero' is exact"
-    return _scaling_rounds(recipe, recipe.num_experts_per_tok, dtype, is_gated)
+    return scaling_rounds(recipe, recipe.num_experts_per_tok, dtype, is_gated)
 
 
 def _split_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
@@ -392,7 +347,7 @@ def split(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     groups, shared = partition_neurons(dense, context)
-    scaled = scale_output(_with_whole_weight(dense, context), recipe.num_experts_per_tok, recipe.scale_on)
+    scaled = scale_output(with_whole_weight(dense, context), recipe.num_experts_per_tok, recipe.scale_on)
     shared_expert = None
     if len(shared):
         shared_expert = dense.take(shared)

@@ -36,7 +36,7 @@ class UpcycleConfig:
             Into how many experts one feed-forward is cut, for `"granular"`, `"qwen"` and the routed experts of
             `"residual"`.
         scale_on (`str`, *optional*, defaults to `"up_down"`):
-            Which matrices take a factor that the method needs, see [`~hf_moe.upcycling.methods.scale_output`]:
+            Which matrices take a factor that the method needs, see [`~hf_moe.upcycling.scaling.scale_output`]:
             `"up_down"`, `"down"` or `"megatron"`, which changes the function.
         reinit_ratio (`float`, *optional*, defaults to 0.5):
             Share of the neurons (`"drop"`) or weights (`"qwen"`) that are drawn anew.

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 from conftest import FAMILIES, UNGATED_FAMILIES, cast, dense_model
-from exactness_matrix import BEGIN, CASES, END, GUIDE, render
+from exactness_matrix import CASES
+from guide_tables import TABLES, place
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle_model
 from hf_moe.upcycling import families
@@ -97,6 +98,6 @@ def test_matrix(case, family, dtype):
         assert 0 < error < (0.01 if case.error == 0 else float("inf"))
 
 
-def test_the_guide_prints_this_matrix():
-    printed = GUIDE.read_text().split(BEGIN)[1].split(END)[0].strip()
-    assert printed == render(), f"run `python {__file__.replace('test_exactness', 'exactness_matrix')}`"
+@pytest.mark.parametrize("name", TABLES)
+def test_the_guide_prints_what_the_tests_hold(name):
+    assert place(name)[1] == TABLES[name](), "run `python tests/guide_tables.py`"

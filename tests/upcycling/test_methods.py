@@ -10,8 +10,9 @@ from conftest import assert_close, dense_config
 from hf_moe import UpcycleConfig, plan_upcycle
 from hf_moe.upcycling.errors import UpcycleError
 from hf_moe.upcycling.feed_forward import FeedForward, LayerContext
-from hf_moe.upcycling.methods import METHODS, build_sparse_layer, scale_output
+from hf_moe.upcycling.methods import METHODS, build_sparse_layer
 from hf_moe.upcycling.partition import balanced_assignment, balanced_kmeans
+from hf_moe.upcycling.scaling import scale_output
 
 
 HIDDEN, INTERMEDIATE = 64, 256

@@ -2,17 +2,12 @@
 """
 The exactness matrix as data: what each method promises under each normalisation of the router's weights.
 
-`test_exactness.py` holds every family and data type against it; run this file to print it into the guide.
+`test_exactness.py` holds every family and data type against it; `tests/guide_tables.py` prints it into the guide.
 """
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-
-GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "upcycling.md"
-BEGIN, END = "<!-- exactness matrix: begin -->", "<!-- exactness matrix: end -->"
 
 
 @dataclass(frozen=True)
@@ -154,14 +149,3 @@ def render() -> str:
         norm = "yes" if case.normalised else "no"
         lines.append(f"| {case.name} | {norm} | {promised} | {rounded} | {case.because} |")
     return "\n".join(lines)
-
-
-def write(guide: Path = GUIDE) -> None:
-    """Put the table between its marks in the guide."""
-    before, rest = guide.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    guide.write_text(f"{before}{BEGIN}\n{render()}\n{END}{after}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write()

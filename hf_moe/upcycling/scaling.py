@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiplying what a feed-forward adds to its output: `scale_output`, and when a method needs it."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from .feed_forward import FeedForward, LayerContext
+
+
+if TYPE_CHECKING:
+    from .recipe import UpcycleConfig
+
+
+def with_whole_weight(dense: FeedForward, context: LayerContext) -> FeedForward:
+    """The feed-forward, made up for weights that do not sum to 1: a router of zeros gives K experts K / E."""
+    recipe = context.recipe
+    missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
+    return scale_output(dense, missing, recipe.scale_on, bias_scale=missing)
+
+
+def scale_output(dense: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:
+    """
+    Multiply what the neurons add to the output by `scale`, and the output bias by `bias_scale`.
+
+    `"up_down"` shares the factor out between the two matrices in which the output is linear: up and down with a gate,
+    down alone without. A power of two is split into two, which no data type rounds. `"down"` scales down alone.
+    `"megatron"` takes the same root of the factor for all matrices, as Megatron-Core does; the activation is not
+    homogeneous, so that this changes the function.
+    """
+    if scale == 1:
+        return dense
+    factors = dict.fromkeys(("gate", "up", "down"), 1.0)
+    if scale_on == "megatron":
+        factors = dict.fromkeys(factors, scale ** (1 / 3 if dense.is_gated else 1 / 2))
+    elif scale_on == "up_down" and dense.is_gated:
+        exponent = math.log2(scale)
+        half = exponent // 2 if exponent.is_integer() else exponent / 2
+        factors |= {"up": 2**half, "down": 2 ** (exponent - half)}
+    else:
+        factors["down"] = scale
+
+    def multiply(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        factor = bias_scale if name == "down_bias" else factors[name.partition("_")[0]]
+        return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+
+    return dense.map(multiply)
+
+
+def scaling_rounds(recipe: "UpcycleConfig", scale: float, dtype: torch.dtype, is_gated: bool) -> str | None:
+    """Why multiplying the output by `scale` is not exact; None if it is."""
+    if scale == 1:
+        return None
+    if recipe.scale_on == "megatron":
+        return "scale_on='megatron' also scales what goes through the activation"
+    if not math.log2(scale).is_integer() and dtype not in (torch.float32, torch.float64):
+        return f"weights scaled by {scale:g}, which is no power of two, are rounded to {str(dtype).removeprefix('torch.')}"
+    return None
