@@ -57,7 +57,7 @@ for folder in sys.argv[3:]:
 def folder_in(variable: str) -> Path:
     """The folder that an environment variable names."""
     if variable not in os.environ:
-        pytest.skip(f"{variable} names no folder: `make test-slow` builds it.")
+        pytest.fail(f"{variable} names no folder: run these tests with `make test-slow`.")
     return Path(os.environ[variable]).resolve()
 
 
