@@ -8,6 +8,7 @@ import torch
 from ..training.statistics import RoutingStatistics
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import LayerContext
+from ..upcycling.methods import add_noise
 from ..upcycling.output import OutputFolder
 from ..upcycling.recipe import UpcycleConfig
 from .edit import Edit, EditedLayer, EditReport, edit_steps, selected, write_edit
@@ -123,8 +124,7 @@ def _expanded(moe: MoeCheckpoint, index: int, experts: list[int], noise: float, 
     context = LayerContext(UpcycleConfig(seed=seed), index, len(experts))
 
     def disturb(tensor: torch.Tensor, expert_index: int, purpose: str, std: torch.Tensor) -> torch.Tensor:
-        random = torch.randn(tensor.shape, generator=context.generator(expert_index, f"expand/{purpose}"))
-        return (tensor.float() + random * (noise * std)).to(tensor.dtype)
+        return add_noise(tensor, noise * std, context.generator(expert_index, f"expand/{purpose}"))
 
     def expert(expert_index: int):
         weights = layer.expert(expert_index)

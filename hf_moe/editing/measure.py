@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two checkpoints on one text: `measure` runs both with weights that are read when they are needed."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,10 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..upcycling.checkpoint import Checkpoint
-from ..upcycling.families import Target
 from ..upcycling.parity import compare_outputs
 from ..upcycling.sample import Sample
 from ..upcycling.streaming import Side, output_of, streamed_model
+from ..upcycling.target import Target
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,8 @@ def _run(subject: Subject, sample: Sample, dtype: torch.dtype, bar: tqdm) -> tor
     def advance(module, args, output) -> None:
         bar.update()  # must not be returned: it would take the place of the layer's output
 
-    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in sample.inputs.items()}
     side = Side(subject.model_class, subject.checkpoint)
-    model = streamed_model(side, copy.deepcopy(subject.config), dtype, subject.target)
+    model = streamed_model(side, subject.config, dtype, subject.target)
     for name in subject.layers:
         model.get_submodule(name).register_forward_hook(advance)
-    return output_of(model(**inputs))
+    return output_of(model(**sample.as_type(dtype)))

@@ -2,7 +2,7 @@
 """
 A mixture of experts on disk, seen as layers of experts: `MoeCheckpoint`.
 
-It knows no table of classes. The class of the checkpoint is built without values, its experts and routers are found in
+No table says where its parts are: the class of the checkpoint is built without values, its experts and routers are found in
 it, and the names on disk say in which of the two layouts they are stored; what does not fit is refused by name.
 """
 
@@ -24,11 +24,10 @@ from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import FusedLayout, PerExpertLayout
 from ..upcycling.target import Target
-from ..upcycling.targets import meta_model
+from ..upcycling.targets import NUM_EXPERTS_FIELDS, meta_model
 from .sparse_block import SparseBlock, feed_forward_of, find_blocks
 
 
-NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
 # Classes whose weights are a softmax over all experts, divided by the sum of the chosen ones or not.
 SOFTMAX_MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo")

@@ -93,14 +93,19 @@ def build_sparse_layer(dense: FeedForward, context: LayerContext) -> SparseLayer
 
 
 def _with_noise(expert: FeedForward, relative_std: float, context: LayerContext, expert_index: int) -> FeedForward:
-    """The expert with normal noise whose standard deviation is `relative_std` times that of each tensor."""
+    """The expert with noise whose standard deviation is `relative_std` times that of each tensor."""
 
     def disturb(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(tensor.shape, generator=context.generator(expert_index, f"noise/{name}"))
-        weights = tensor.float()
-        return (weights + noise.to(weights.device) * (relative_std * weights.std(correction=0))).to(tensor.dtype)
+        generator = context.generator(expert_index, f"noise/{name}")
+        return add_noise(tensor, relative_std * tensor.float().std(correction=0), generator)
 
     return expert.map(disturb)
+
+
+def add_noise(tensor: torch.Tensor, std: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The tensor with normal noise of this standard deviation, in its own data type."""
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+    return (tensor.float() + noise * std).to(tensor.dtype)
 
 
 # --- Exact methods ---------------------------------------------------------------------------------------------------
@@ -280,7 +285,7 @@ def _qwen_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSi
     paper="https://huggingface.co/papers/2407.10671",
     cost="E / G times the parameters and K / G times the operations of the feed-forward",
     inexact_because=lambda recipe, dtype, is_gated: (
-        "every expert is a random part of the neurons, half of it drawn anew"
+        f"every expert is a random part of the neurons, with a share of {recipe.reinit_ratio} of its weights drawn anew"
     ),
     sizes=_qwen_sizes,
 )

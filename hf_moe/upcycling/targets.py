@@ -28,6 +28,8 @@ from .target import Target
 
 
 logger = logging.get_logger(__name__)
+# What the mixtures of transformers call their number of experts.
+NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def find_family(config: PreTrainedConfig) -> Family:
@@ -37,7 +39,7 @@ def find_family(config: PreTrainedConfig) -> Family:
     Raises:
         UpcycleError: if the model is a mixture of experts already, is quantized, or is of a family that is not supported.
     """
-    for field in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for field in NUM_EXPERTS_FIELDS:
         if getattr(config, field, None):
             raise UpcycleError(
                 f"The source is a mixture of experts already (model_type {config.model_type!r}, {field}="

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -208,7 +209,14 @@ def _fingerprint(recipe: UpcycleConfig, parents: dict[str, dict[str, Any]]) -> s
     """What an interrupted conversion must share with the one that goes on with it."""
     weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
     sha256 = {entry: parent["sha256"] for entry, parent in parents.items()}
-    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": sha256})
+    texts = _digests(recipe)
+    return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": sha256, "calibration_text": texts})
+
+
+def _digests(recipe: UpcycleConfig) -> list[dict[str, str]]:
+    """Name and SHA-256 of every calibration text: where it lies on somebody's disk is of no use to others."""
+    files = [Path(file) for file in recipe.calibration_files]
+    return [{"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} for file in files]
 
 
 def _prove(
@@ -320,9 +328,15 @@ def _provenance(
         names = {entry: "@".join(filter(None, (of["name"], of["revision"]))) for entry, of in parents.items()}
         values["experts"] = [entry if entry == BASE else names[entry] for entry in recipe.experts]
         experts = {"experts": [parents[entry] for entry in recipe.experts]}
+    texts = _digests(recipe)
+    if texts:
+        values["calibration_text"] = [text["name"] for text in texts]
+    if recipe.router_statistics is not None:
+        values["router_statistics"] = Path(recipe.router_statistics).name
     return {
         "hf_moe_version": __version__,
         "recipe": values,
+        "calibration_text": texts,
         "paper": METHODS[recipe.method].paper,
         "parent": {
             **parents[BASE],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe finds out from text: planted structure is recovered, closed forms are met, bad text is refused."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -429,3 +430,27 @@ def test_the_proof_looks_at_the_calibration_text_of_any_recipe(dense_folder, tmp
         dense_folder, tmp_path / "moe", UpcycleConfig(num_experts=4, calibration_text=str(tmp_path / "a.txt"))
     )
     assert report.routing.summary()["dead_fraction"] > 0  # one letter cannot reach all experts
+
+
+def test_a_changed_text_is_noticed_and_its_path_is_not_published(dense_folder, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS["code"])
+    recipe = UpcycleConfig(num_experts=4, router_init="kmeans", calibration_text=str(text))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_moe.upcycling.output.OutputFolder.write_weights", stop)
+        with pytest.raises(KeyboardInterrupt):
+            upcycle(dense_folder, tmp_path / "moe", recipe)
+    text.write_text(TEXTS["prose"])
+    with pytest.raises(UpcycleError, match="another model, or with another recipe"):
+        upcycle(dense_folder, tmp_path / "moe", recipe)
+    upcycle(dense_folder, tmp_path / "moe", recipe, overwrite=True)
+    for name in ("hf_moe.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "moe" / name).read_text()
+    provenance = json.loads((tmp_path / "moe" / "hf_moe.json").read_text())
+    assert provenance["calibration_text"] == [
+        {"name": "text.txt", "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+    ]
