@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("dense", help="dense model to start from")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument(
-        "--dense-steps", type=int, default=300, help="steps of the dense model; the others cost the same"
+        "--dense-steps", type=int, default=180, help="steps of the dense model; the others cost the same"
     )
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -172,7 +172,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.dense)
     count = arguments.dense_steps * arguments.batch_size // len(DOMAINS)
     train_blocks = [
-        block for domain in DOMAINS for block in token_blocks(tokenizer, domain, "train", arguments.length, count)
+        block
+        for domain in DOMAINS
+        for block in token_blocks(tokenizer, domain, "train", arguments.length, count, per_document=100)
     ]
     dataset = Dataset.from_dict({"input_ids": train_blocks, "labels": train_blocks}).shuffle(seed=0)
     validation = {

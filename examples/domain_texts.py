@@ -47,11 +47,16 @@ def documents(domain: str, split: str) -> list[str]:
     return chosen
 
 
-def token_blocks(tokenizer, domain: str, split: str, length: int, count: int) -> list[list[int]]:
-    """`count` blocks of `length` token ids, spread evenly over the domain's documents."""
+def token_blocks(
+    tokenizer, domain: str, split: str, length: int, count: int, *, per_document: int = 10
+) -> list[list[int]]:
+    """
+    `count` blocks of `length` token ids, spread evenly over the domain's documents. Of a document no more is read than
+    `per_document` blocks take at 4 characters a token, which keeps long ones from being tokenized for nothing.
+    """
     blocks = []
     for text in documents(domain, split):
-        ids = tokenizer(text[: 40 * length], verbose=False)["input_ids"]
+        ids = tokenizer(text[: 4 * length * per_document], verbose=False)["input_ids"]
         blocks += [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     if len(blocks) < count:
         raise ValueError(f"There are only {len(blocks)} blocks of {length} tokens of {domain} ({split}), not {count}.")
