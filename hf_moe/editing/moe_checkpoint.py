@@ -29,8 +29,18 @@ from .sparse_block import SparseBlock, feed_forward_of, find_blocks
 
 
 PROJECTIONS = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
-# Classes whose weights are a softmax over all experts, divided by the sum of the chosen ones or not.
-SOFTMAX_MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo")
+# Classes whose weights are a softmax over all experts, divided by the sum of the chosen ones or not. A softmax over the
+# logits of the chosen, as in Granite, is the same as the former.
+SOFTMAX_MODEL_TYPES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "flex_olmo",
+    "granitemoe",
+    "granitemoeshared",
+    "granitemoe_swa",
+)
 
 
 class MoeCheckpoint:

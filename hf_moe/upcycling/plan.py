@@ -19,6 +19,7 @@ from .errors import UpcycleError
 from .families import Family
 from .feed_forward import FeedForward, LayerSizes
 from .methods import METHODS, inexact_because
+from .readers import misreadings
 from .recipe import UpcycleConfig
 from .target import Target
 from .targets import (
@@ -49,7 +50,8 @@ class UpcyclePlan:
         native (`bool`): Whether that class belongs to transformers.
         exact (`bool`): Whether the result computes what the dense model computes.
         inexact_because (`str`, *optional*): Why not.
-        warnings (`list[str]`): What to know before training the result.
+        warnings (`list[str]`): What to know before training or serving the result.
+        misread_by (`dict[str, list[str]]`): Programs that load the result and compute something else, and what.
         num_parameters (`int`): Parameters of the result.
         num_active_parameters (`int`): Parameters that one token uses, embeddings included.
         num_dense_parameters (`int`): Parameters of the dense model.
@@ -71,6 +73,7 @@ class UpcyclePlan:
     exact: bool
     inexact_because: str | None
     warnings: list[str]
+    misread_by: dict[str, list[str]]
     num_parameters: int
     num_active_parameters: int
     num_dense_parameters: int
@@ -140,6 +143,7 @@ def plan_upcycle(
     idle = idle_experts * expert.numel
     idle_weights = idle_experts * sum(tensor.numel() for tensor in expert[:3] if tensor is not None)
     reason = inexact_because(recipe, dense_config.dtype or torch.float32, dense.is_gated)
+    misread_by = misreadings(target_config) if target.native else {}
     once_per_sequence = tuple(f"{module}." for module in family.once_per_sequence.get(head, ()))
     return UpcyclePlan(
         model_type=target_config.model_type,
@@ -147,7 +151,8 @@ def plan_upcycle(
         native=target.native,
         exact=reason is None,
         inexact_because=reason,
-        warnings=_warnings(recipe, dense.is_gated),
+        warnings=_warnings(recipe, dense.is_gated, misread_by),
+        misread_by=misread_by,
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - idle,
         num_dense_parameters=dense_model.num_parameters(),
@@ -176,7 +181,7 @@ def _check_what_it_looks_at(recipe: UpcycleConfig, dense_model: PreTrainedModel)
         raise UpcycleError(f"`max_kl` compares predictions, and {name} makes none. Give `expert_noise`.")
 
 
-def _warnings(recipe: UpcycleConfig, is_gated: bool) -> list[str]:
+def _warnings(recipe: UpcycleConfig, is_gated: bool, misread_by: Mapping[str, list[str]]) -> list[str]:
     found = []
     if recipe.router_init == "zero":
         found.append(
@@ -193,6 +198,10 @@ def _warnings(recipe: UpcycleConfig, is_gated: bool) -> list[str]:
             f"method {recipe.method!r} starts far from the dense model. After 50B tokens such starts were reported well below the "
             "dense model (https://huggingface.co/papers/2603.13364, table 1); 'copy' and 'residual' start from its quality."
         )
+    found += [
+        f"{program} loads the result and computes something else: it {' and '.join(what)}."
+        for program, what in misread_by.items()
+    ]
     return found
 
 

@@ -226,9 +226,19 @@ class UpcycleConfig:
                 raise ValueError(
                     f"`prompts` of expert {expert_index} need at least one 'positive', and none that is empty."
                 )
+        defaults = type(self).__dataclass_fields__
         for field in ("ridge_penalty", "router_statistics"):
-            if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.router_init != "ridge":
+            if getattr(self, field) != defaults[field].default and self.router_init != "ridge":
                 raise ValueError(f"`{field}` has no effect on router_init={self.router_init!r}, only on 'ridge'.")
+        if self.router_init == "zero" and self.router_logit_std != defaults["router_logit_std"].default:
+            raise ValueError(f"`router_logit_std`={self.router_logit_std} has no effect on router_init='zero'.")
+        if self.calibration_tokens != defaults["calibration_tokens"].default and not (
+            self.calibration_text and self.looks_at_text
+        ):
+            raise ValueError(
+                f"`calibration_tokens`={self.calibration_tokens} has no effect: nothing in this recipe learns from a "
+                "`calibration_text` (a data-driven `router_init` or `split_by` would)."
+            )
         splits_by_text = self.method == "split" and self.split_by in ("activation", "gradient")
         if needs == "prompts" and splits_by_text:
             raise ValueError(

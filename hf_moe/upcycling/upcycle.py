@@ -350,6 +350,7 @@ def _provenance(
             "architecture": plan.architecture,
             "native": plan.native,
             "exact": plan.exact,
+            "misread_by": plan.misread_by,
             "num_parameters": plan.num_parameters,
             "num_active_parameters": plan.num_active_parameters,
             "num_sparse_layers": len(plan.sparse_layers),

@@ -17,6 +17,8 @@ NATIVE = {
     "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "norm_topk_prob": True, "shared_expert_intermediate_size": 40}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "olmoe": ("Olmoe", {"num_experts": 4, "norm_topk_prob": False}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),
+    "granitemoeshared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 40}),
     "deepseek_v3": (
         "DeepseekV3",
         {
@@ -40,7 +42,16 @@ NATIVE = {
 }
 OWN = ("llama", "mistral", "qwen2", "qwen3")
 # All of which know exactly what a duplicated expert is worth.
-SOFTMAX_KINDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "moe_llama", "moe_qwen2"]
+SOFTMAX_KINDS = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "moe_llama",
+    "moe_qwen2",
+]
 
 
 def small_moe(kind: str, dtype: torch.dtype = torch.float32, **values) -> transformers.PreTrainedModel:
@@ -64,6 +75,11 @@ def save_moe(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **valu
     small_moe(kind, dtype, **values).save_pretrained(folder, **save)
     save_tokenizer(folder)
     return folder
+
+
+def sparse_block(layer: torch.nn.Module) -> torch.nn.Module:
+    """The experts and the router of a decoder layer."""
+    return layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
 
 
 def load(folder: Path, **arguments) -> transformers.PreTrainedModel:

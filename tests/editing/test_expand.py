@@ -7,7 +7,17 @@ import pytest
 import torch
 from conftest import assert_close
 from huggingface_hub import ModelCard
-from small_moes import SOFTMAX_KINDS, assert_same_bits, change_tensors, load, logits, record, save_moe, tensors
+from small_moes import (
+    SOFTMAX_KINDS,
+    assert_same_bits,
+    change_tensors,
+    load,
+    logits,
+    record,
+    save_moe,
+    sparse_block,
+    tensors,
+)
 
 from hf_moe import RoutingStatistics, expand_experts, merge_experts
 from hf_moe.editing import edit
@@ -30,7 +40,7 @@ def test_expanding_is_exact(kind, factor, tmp_path):
     )
     assert model.config.num_experts_per_tok == report.num_experts_per_tok
     assert report.num_parameters == model.num_parameters()
-    experts = model.model.layers[2].mlp.experts
+    experts = sparse_block(model.model.layers[2]).experts
     assert len(experts.down_proj) == 4 * factor
     assert torch.equal(experts.gate_up_proj[1], experts.gate_up_proj[5])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, dense_model, randomize, save_tokenizer
-from small_moes import NATIVE, change_json, change_tensors, load, save_moe, small_moe, tensors
+from small_moes import NATIVE, change_json, change_tensors, load, save_moe, small_moe, sparse_block, tensors
 
 from hf_moe import expand_experts, prune_experts
 from hf_moe.editing.measure import Subject, measure
@@ -30,15 +30,17 @@ def test_experts_and_rows_are_those_of_the_model(kind, original, tmp_path):
     model = load(tmp_path / "moe")
     sparse = {"qwen3_moe": [0, 2], "deepseek_v3": [1, 2]}.get(kind, [0, 1, 2])
     assert list(moe.blocks) == sparse
-    assert isinstance(moe.layout, FusedLayout if not original or kind.startswith("moe_") else PerExpertLayout)
+    fused = not original or kind.startswith(("moe_", "granite"))
+    assert isinstance(moe.layout, FusedLayout if fused else PerExpertLayout)
     for index, block in moe.blocks.items():
-        mlp = model.model.layers[index].mlp
+        mlp = sparse_block(model.model.layers[index])
         for expert_index in range(4):
             expert = moe.read_expert(block, expert_index)
             assert torch.equal(torch.cat(expert[:2]), mlp.experts.gate_up_proj[expert_index])
             assert torch.equal(expert.down_proj, mlp.experts.down_proj[expert_index])
         rows = moe.read_rows(block)
-        assert torch.equal(rows.pop("weight"), mlp.gate.weight)
+        gate = mlp.router if kind.startswith("granite") else mlp.gate
+        assert torch.equal(rows.pop("weight"), gate.weight)
         assert list(rows) == (["e_score_correction_bias"] if kind == "deepseek_v3" else [])
     assert moe.top_k == 2
 

@@ -376,6 +376,9 @@ def test_bad_calibration_is_refused(values, message, dense_folder, tmp_path, mon
     [
         ({"prompts": [{"positive": ["a"]}] * 8}, "`prompts` has no effect"),
         ({"router_logit_std": 0}, "router_init='zero'"),
+        ({"router_logit_std": 0.5, "router_init": "zero"}, "has no effect on router_init='zero'"),
+        ({"calibration_tokens": 9}, "`calibration_tokens`=9 has no effect"),
+        ({"calibration_tokens": 9, "calibration_text": "code.txt"}, "`calibration_tokens`=9 has no effect"),
         (
             {"router_init": "prompts", "prompts": [{"positive": ["a"]}], "method": "split", "split_by": "activation"},
             "would look at different text",

@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import assert_close
 from huggingface_hub.errors import StrictDataclassError
-from native_pairs import FINE, LONGROPE, PAIRS, PARTIAL, dense_model, recipe, render
+from native_pairs import FINE, LONGROPE, MISREADINGS, PAIRS, PARTIAL, dense_model, recipe, render
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,6 +75,27 @@ def test_native_class_computes_what_the_dense_one_does(pair, tmp_path):
     assert_close(in_memory(ids()).logits, expected)
     moe.save_pretrained(tmp_path / "saved")
     assert_same_tensors(tmp_path / "saved", tmp_path / "moe")
+
+
+@by_pair
+def test_programs_that_compute_something_else_are_named(pair, tmp_path):
+    plan = plan_upcycle(dense_model(pair).config, recipe(pair))
+    for program, reason in (("llama.cpp", pair.llamacpp), ("vLLM", pair.vllm)):
+        found = plan.misread_by.get(program, [])
+        if reason in MISREADINGS:
+            assert reason in found
+        elif reason is not None:
+            assert not found
+        assert all(any(program in warning and what in warning for warning in plan.warnings) for what in found)
+
+
+def test_the_card_names_programs_that_compute_something_else(tmp_path):
+    dense_model(PAIRS["qwen2 window"]).save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", recipe(PAIRS["qwen2 window"]))
+    card = " ".join((tmp_path / "moe" / "README.md").read_text().split())
+    said = "divide the experts' weights by their sum and ignores the sliding window."
+    assert f"llama.cpp loads this model too, but computes something else: it does not {said}" in card
+    assert "vLLM loads this model too, but computes something else: it ignores the sliding window." in card
 
 
 @by_pair
