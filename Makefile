@@ -25,10 +25,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 $(MODEL)/config.json: $(INSTALLED)
-	$(BIN)/python examples/fetch_smollm2.py $(MODEL)
+	$(BIN)/python examples/fetch_model.py smollm2 $(MODEL)
 
 $(ENCODER)/config.json: $(INSTALLED)
-	$(BIN)/python examples/fetch_minilm.py $(ENCODER)
+	$(BIN)/python examples/fetch_model.py minilm $(ENCODER)
 
 $(LLAMACPP)/.installed: constraints.txt
 	$(PYTHON) -m venv $(LLAMACPP)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_moe.registration import FAMILIES
+
 
 PACKAGE = Path(__file__).parent.parent / "hf_moe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -78,3 +80,20 @@ def test_modules_open_with_a_docstring(path):
 
 def test_files_stay_readable():
     assert {str(path): lines for path in MODULES if (lines := len(path.read_text().splitlines())) > 400} == {}
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines that are neither blank, nor a comment, nor of a docstring."""
+    text = path.read_text()
+    documented = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(number not in documented and bool(line.split("#")[0].strip()) for number, line in lines)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_under_60_lines_of_code(family):
+    files = [PACKAGE / "models" / f"{kind}_moe_{family}.py" for kind in ("configuration", "modeling")]
+    assert sum(map(lines_of_code, files)) < 60
