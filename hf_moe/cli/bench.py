@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from huggingface_hub import typer_factory
 from huggingface_hub.cli import out
 from huggingface_hub.utils import tqdm
@@ -29,14 +30,13 @@ def upcycle(
     num_experts: Annotated[
         list[int] | None, typer.Option(help="Can be given several times (default 4 and 32).")
     ] = None,
-    peer: Annotated[
-        str | None,
-        typer.Option(help="Command of a peer; {source}, {output} and {num_experts} are filled in."),
+    mergekit: Annotated[
+        Path | None, typer.Option(help="The program mergekit-moe, in an environment of its own, to do the same job.")
     ] = None,
     runs: Annotated[int, typer.Option(help="Runs of each, in turns.")] = 3,
 ) -> None:
     """
-    Time and peak memory of a conversion beside `cp` of the same bytes and a peer, in turns.
+    Time and peak memory of a conversion beside `cp` of the same bytes and mergekit-moe, in turns.
 
     "conversion" is the time of the call itself in the runs without proof, "process start" that of the imports.
     """
@@ -46,7 +46,7 @@ def upcycle(
             source = str(_make_llama(Path(folder) / "dense"))
         for number in num_experts or [4, 32]:
             rows += _measure_in_turns(
-                _upcycle_commands(source, number, Path(folder), peer), Path(folder), number, runs
+                _upcycle_commands(source, number, Path(folder), mergekit), Path(folder), number, runs
             )
     out.table(rows)
 
@@ -82,12 +82,12 @@ bench.command(
     examples=[
         "hf-moe bench upcycle ./model --num-experts 4 --num-experts 32",
         "hf-moe bench upcycle --num-experts 2 --num-experts 8",
-        "hf-moe bench upcycle ./model --num-experts 4 --peer 'mergekit-moe recipe.yml {output} --device cpu'",
+        "hf-moe bench upcycle ./model --num-experts 4 --mergekit mergekit/bin/mergekit-moe",
     ],
 )(upcycle)
 
 
-def _upcycle_commands(source: str, num_experts: int, folder: Path, peer: str | None) -> dict[str, list[str]]:
+def _upcycle_commands(source: str, num_experts: int, folder: Path, mergekit: Path | None) -> dict[str, list[str]]:
     """Command lines by name; each writes to `folder / name`, but `cp` copies the result of the first."""
     program = [sys.executable, "-c", "from hf_moe.cli.main import main; main()"]
     convert = [*program, "upcycle", source, "--num-experts", str(num_experts), "--json"]
@@ -97,12 +97,24 @@ def _upcycle_commands(source: str, num_experts: int, folder: Path, peer: str | N
         "process start": [sys.executable, "-c", "import hf_moe.cli.main, hf_moe.upcycling.upcycle"],
         "cp": ["cp", "-r", str(folder / "upcycle"), str(folder / "cp")],
     }
-    if peer is not None:
-        filled = peer.format(
-            source=shlex.quote(source), output=shlex.quote(str(folder / "peer")), num_experts=num_experts
-        )
-        commands["peer"] = shlex.split(filled)
+    if mergekit is not None:
+        recipe = folder / f"mergekit-{num_experts}.yml"
+        recipe.write_text(yaml.safe_dump(_mergekit_recipe(source, num_experts)), encoding="utf-8")
+        options = ["--device", "cpu", "--i-understand-this-is-not-useful-without-training"]
+        commands["mergekit-moe"] = [str(mergekit), str(recipe), str(folder / "mergekit-moe"), *options]
     return commands
+
+
+def _mergekit_recipe(source: str, num_experts: int) -> dict[str, Any]:
+    """Copies of a model's feed-forwards with a random router, in the words of mergekit."""
+    return {
+        "base_model": source,
+        "architecture": "mixtral",
+        "gate_mode": "random",
+        "dtype": "bfloat16",
+        "experts_per_token": 2,
+        "experts": [{"source_model": source} for _ in range(num_experts)],
+    }
 
 
 def _measure_in_turns(commands: dict[str, list[str]], folder: Path, num_experts: int, runs: int) -> list[dict]:

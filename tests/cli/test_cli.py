@@ -167,17 +167,21 @@ def test_recipe_file_with_a_typo_is_refused(run_command, dense, tmp_path):
 
 
 def test_bench(run_command, dense, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = run_command(
-        "bench", "upcycle", dense, "--num-experts", 4, "--runs", 1, "--peer", "cp -r {source} {output}", "--json"
-    )
+    mergekit = tmp_path / "mergekit-moe"
+    mergekit.write_text(f'#!/bin/sh -e\ntest $(grep -c "source_model: {dense}" $1) = 4\ncp -r {dense} $2\n')
+    mergekit.chmod(0o755)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    run = run_command("bench", "upcycle", dense, "--num-experts", 4, "--runs", 1, "--mergekit", mergekit, "--json")
     assert run.returncode == 0, run.stderr
     rows = {row["command"]: row for row in json.loads(run.stdout)}
-    assert list(rows) == ["upcycle", "upcycle, no proof", "process start", "cp", "peer", "conversion"]
+    assert list(rows) == ["upcycle", "upcycle, no proof", "process start", "cp", "mergekit-moe", "conversion"]
     assert rows["cp"]["times_cp"] == 1.0
     assert 0 < rows["conversion"]["median_s"] < rows["upcycle, no proof"]["median_s"]
     assert rows["upcycle"]["peak_mib"] > 100
     assert all(row["median_s"] > 0 for row in rows.values())
-    assert list(tmp_path.iterdir()) == []
-    run = run_command("bench", "upcycle", dense, "--runs", 1, "--peer", "false", "--num-experts", 4)
-    assert "`false` ended with 1" in run.stderr
+    assert list((tmp_path / "work").iterdir()) == []
+    run = run_command("bench", "upcycle", dense, "--runs", 1, "--mergekit", mergekit, "--num-experts", 2)
+    assert run.returncode == 1
+    assert "mergekit-2.yml" in run.stderr
+    assert "ended with 1" in run.stderr
