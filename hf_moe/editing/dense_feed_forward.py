@@ -233,8 +233,7 @@ def of_granular(view: SparseView) -> FeedForward:
         copy = _side_by_side(list(view.experts(range(first, first + granularity))))
     else:
         copy = weighted_mean(_copies(view), torch.full((count,), 1 / count, dtype=torch.float64))
-    copy = _without_scale(copy, granularity, view.recipe.scale_on)
-    return _without_scale(copy, missing, view.recipe.scale_on, bias_scale=missing)
+    return _without_scale(copy, granularity * missing, view.recipe.scale_on, bias_scale=missing)
 
 
 def _copies(view: SparseView) -> Iterator[FeedForward]:
@@ -262,8 +261,7 @@ def of_split(view: SparseView) -> FeedForward:
     recipe = view.recipe
     routed = _side_by_side(list(view.experts()))
     missing = view.missing_weight
-    dense = _without_scale(routed, recipe.num_experts_per_tok, recipe.scale_on)
-    dense = _without_scale(dense, missing, recipe.scale_on, bias_scale=missing)
+    dense = _without_scale(routed, recipe.num_experts_per_tok * missing, recipe.scale_on, bias_scale=missing)
     if recipe.num_shared_neurons:
         shared = view.needed_shared_expert
         bias = None if dense.down_bias is None else _plus(dense.down_bias, shared.down_bias)

@@ -23,6 +23,7 @@ from ..upcycling.layouts import Piece
 from ..upcycling.legacy_config import add_legacy_keys
 from ..upcycling.output import OutputFolder, write_model_files, write_provenance
 from ..upcycling.parity import FLOAT32_BOUND
+from ..upcycling.readers import misreadings
 from ..upcycling.sample import sample_of
 from ..upcycling.targets import meta_model
 from ..version import __version__
@@ -255,10 +256,12 @@ def _describe(model: PreTrainedModel, config: PreTrainedConfig, top_k: int | Non
     """What the card and the report say of a model; `top_k` is None if it is dense."""
     blocks = [] if top_k is None else list(find_blocks(model).values())
     idle = sum((block.num_experts - (top_k or 0)) * block.expert.numel for block in blocks)
+    native = type(model).__module__.startswith("transformers.")
     return {
         "model_type": config.model_type,
         "architecture": type(model).__name__,
-        "native": type(model).__module__.startswith("transformers."),
+        "native": native,
+        "misread_by": misreadings(config) if native and blocks else {},
         "num_experts": max((block.num_experts for block in blocks), default=None),
         "num_experts_per_tok": top_k,
         "num_parameters": model.num_parameters(),

@@ -136,7 +136,7 @@ def advise(tokens: float, dense_tokens: float | None = None) -> Advice:
     if tokens < 5e11:
         because = (
             "at 50B tokens it is the one of these methods reported to match or beat continued dense training at every size; drop "
-            "and split have not recovered there, and nothing was published up to 500B"
+            "and split have not recovered there, and no comparison of these methods was published up to 500B"
         )
         return Advice("copy", because, [FINERMOE, SPARSE_UPCYCLING, SCALING])
     because = (

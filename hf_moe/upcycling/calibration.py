@@ -74,8 +74,7 @@ def read_calibration(
     Tokenise the recipe's `calibration_text`, or its `prompts`.
 
     Raises:
-        UpcycleError: if there is no tokenizer, if a file is missing or too short, or if there are not as many texts or
-            prompts as the recipe needs.
+        UpcycleError: if there is no tokenizer, if a file cannot be read or is too short, or if a prompt has no tokens.
     """
     if tokenizer is None:
         raise UpcycleError(
@@ -83,30 +82,10 @@ def read_calibration(
             "model's folder, or use router_init='normal' and a `split_by` without data."
         )
     num_rows = max(plan.experts_in_layer.values()) // plan.sizes.experts_per_copy
-    needs = ROUTER_INITIALIZERS[recipe.router_init].needs
-    if needs is not None and len(set(plan.experts_in_layer.values())) > 1:
-        raise UpcycleError(
-            f"router_init={recipe.router_init!r} needs the same number of experts in every layer, got {recipe.num_experts}."
-        )
-    if needs == "prompts":
-        return _read_prompts(recipe, tokenizer, max_length, num_rows)
-    files = recipe.calibration_files
-    if not files:
-        raise UpcycleError(
-            f"router_init={recipe.router_init!r} and split_by={recipe.split_by!r} look at text: give `calibration_text`, a "
-            "text file or a list of them."
-        )
-    if recipe.router_init == "domain_embedding" and len(files) != num_rows:
-        raise UpcycleError(
-            f"router_init={recipe.router_init!r} needs one file of `calibration_text` per row of the router ({num_rows}), got "
-            f"{len(files)}."
-        )
-    if recipe.method == "split" and recipe.split_by == "gradient" and len(files) not in (1, num_rows):
-        raise UpcycleError(
-            f"split_by='gradient' takes one file of `calibration_text` per expert ({num_rows}), or one that is cut into clusters; "
-            f"got {len(files)}."
-        )
-    return _read_texts(recipe, tokenizer, min(max_length, SEQUENCE_LENGTH), [Path(file) for file in files], num_rows)
+    if recipe.learns_from_text:
+        length = min(max_length, SEQUENCE_LENGTH)
+        return _read_texts(recipe, tokenizer, length, [Path(file) for file in recipe.calibration_files], num_rows)
+    return _read_prompts(recipe, tokenizer, max_length)
 
 
 def calibrate(
@@ -274,14 +253,8 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _read_prompts(
-    recipe: UpcycleConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, num_rows: int
-) -> Calibration:
+def _read_prompts(recipe: UpcycleConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Calibration:
     entries = recipe.prompts or []
-    if len(entries) != num_rows:
-        raise UpcycleError(
-            f"router_init='prompts' needs one entry of `prompts` per row of the router ({num_rows}), got {len(entries)}."
-        )
     sequences, domains, is_negative = [], [], []
     for expert_index, entry in enumerate(entries):
         for kind in ("positive", "negative"):
@@ -291,7 +264,7 @@ def _read_prompts(
                     raise UpcycleError(f"The prompt {prompt!r} of expert {expert_index} has no tokens.")
                 domains.append(expert_index)
                 is_negative.append(kind == "negative")
-    return _padded(sequences, domains, is_negative, num_rows)
+    return _padded(sequences, domains, is_negative, len(entries))
 
 
 def _padded(sequences: list[list[int]], domains: list[int], is_negative: list[bool], num_domains: int) -> Calibration:

@@ -37,8 +37,8 @@ def upcycle_model(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The dense model, on one device.
-        config (`UpcycleConfig`, *optional*): The recipe. The default one if None. `verify` is not looked at: both models
-            are at hand to be compared.
+        config (`UpcycleConfig`, *optional*): The recipe. The default one if None. Nothing is proved, since both models are
+            at hand to be compared: `verify`, and a `calibration_text` that only the proof would read, are not looked at.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The model's; recipes that look at text or
             prompts need it.
         experts (`Mapping[str, PreTrainedModel]`, *optional*): With method `"compose"`, the models by what `config.experts`
@@ -81,7 +81,7 @@ def upcycle_model(
     composition = compose_parents(parents, recipe)
 
     observations: Observations = {index: {} for index in plan.experts_in_layer}
-    if recipe.looks_at_text:
+    if recipe.looks_at_tokens:
         family = find_family(dense_config)
         layers = layer_prefix(family, model)
         calibration = read_calibration(recipe, plan, tokenizer, getattr(dense_config, "max_position_embeddings", 0))

@@ -19,7 +19,7 @@ import torch
 from .errors import UpcycleError
 from .feed_forward import FeedForward, LayerContext, LayerSizes, SparseLayer
 from .partition import partition_neurons
-from .scaling import scale_output, scaling_rounds, with_whole_weight
+from .scaling import scaling_rounds, with_whole_weight
 
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def granular(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     size = dense.intermediate_size // recipe.granularity
-    scaled = scale_output(with_whole_weight(dense, context), recipe.granularity, recipe.scale_on)
+    scaled = with_whole_weight(dense, context, recipe.granularity)
 
     def expert(expert_index: int) -> FeedForward:
         shard = expert_index % recipe.granularity
@@ -227,15 +227,17 @@ def _shard_size(recipe: "UpcycleConfig", size: int) -> int:
 # --- Methods that change the function --------------------------------------------------------------------------------
 
 
+def _drop_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
+    if recipe.reinit_ratio:
+        return f"a part of every expert is initialised anew (reinit_ratio={recipe.reinit_ratio})"
+    return _copy_is_inexact(recipe, dtype, is_gated)
+
+
 @upcycling_method(
     "drop",
     paper="https://huggingface.co/papers/2502.19261",
     cost="E times the parameters and K times the operations of the feed-forward",
-    inexact_because=lambda recipe, dtype, is_gated: (
-        f"a part of every expert is initialised anew (reinit_ratio={recipe.reinit_ratio})"
-        if recipe.reinit_ratio
-        else None
-    ),
+    inexact_because=_drop_is_inexact,
 )
 def drop(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
@@ -352,7 +354,7 @@ def split(dense: FeedForward, context: LayerContext) -> SparseLayer:
     """
     recipe = context.recipe
     groups, shared = partition_neurons(dense, context)
-    scaled = scale_output(with_whole_weight(dense, context), recipe.num_experts_per_tok, recipe.scale_on)
+    scaled = with_whole_weight(dense, context, recipe.num_experts_per_tok)
     shared_expert = None
     if len(shared):
         shared_expert = dense.take(shared)

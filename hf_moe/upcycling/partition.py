@@ -56,10 +56,10 @@ def co_activation_partition(
     """
     Deal neurons out by the tokens that they answer to (CMoE, https://huggingface.co/papers/2502.04416).
 
-    Each token marks the `active_share` of the neurons that answer it most, measured on inputs and rows of length 1 and without biases,
-    which have no length to be measured by. The
-    `num_shared_neurons` that are marked most often are shared; the others go to the expert whose first neuron, one of the
-    most often marked, is marked by the most similar set of tokens.
+    Each token marks the `active_share` of the neurons that answer it most, measured on inputs and rows of length 1 and
+    without biases, which have no length to be measured by. The `num_shared_neurons` that are marked most often are shared;
+    the others go to the expert whose first neuron, one of the most often marked, is marked by the most similar set of
+    tokens.
 
     Returns:
         `torch.Tensor` of shape `(I,)`: the expert of each neuron, `SHARED` for the shared ones.

@@ -21,6 +21,7 @@ from .feed_forward import FeedForward, LayerSizes
 from .methods import METHODS, inexact_because
 from .readers import misreadings
 from .recipe import UpcycleConfig
+from .router_init import ROUTER_INITIALIZERS
 from .target import Target
 from .targets import (
     build_config,
@@ -132,6 +133,7 @@ def plan_upcycle(
     dense = _meta_feed_forward(dense_model, layer_prefix(family, dense_model), family)
     experts_in = find_sparse_layers(dense_config, recipe)
     sizes = _sizes(recipe, list(experts_in.values()), dense.intermediate_size)
+    _check_data(recipe, experts_in, sizes)
     rest_config = composed_config(dense_config, experts, recipe)
     target = choose_target(rest_config, recipe, dense, sizes)
     target_config = build_config(target, rest_config, recipe, sizes)
@@ -142,7 +144,8 @@ def plan_upcycle(
     expert = dense.take(slice(0, sizes.expert))
     idle = idle_experts * expert.numel
     idle_weights = idle_experts * sum(tensor.numel() for tensor in expert[:3] if tensor is not None)
-    reason = inexact_because(recipe, dense_config.dtype or torch.float32, dense.is_gated)
+    dtype = dense_config.dtype or torch.float32
+    reason = inexact_because(recipe, dtype, dense.is_gated)
     misread_by = misreadings(target_config) if target.native else {}
     once_per_sequence = tuple(f"{module}." for module in family.once_per_sequence.get(head, ()))
     return UpcyclePlan(
@@ -151,12 +154,12 @@ def plan_upcycle(
         native=target.native,
         exact=reason is None,
         inexact_because=reason,
-        warnings=_warnings(recipe, dense.is_gated, misread_by),
+        warnings=_warnings(recipe, dtype, dense.is_gated, misread_by),
         misread_by=misread_by,
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - idle,
         num_dense_parameters=dense_model.num_parameters(),
-        bytes=num_parameters * (dense_config.dtype or torch.float32).itemsize,
+        bytes=num_parameters * dtype.itemsize,
         flops_per_token=_matrix_flops(model, once_per_sequence) - 2 * idle_weights,
         dense_flops_per_token=_matrix_flops(dense_model, once_per_sequence),
         experts_in_layer=experts_in,
@@ -170,18 +173,58 @@ def plan_upcycle(
 def _check_what_it_looks_at(recipe: UpcycleConfig, dense_model: PreTrainedModel) -> None:
     """Refuse recipes that want of the dense model what it cannot give."""
     name = type(dense_model).__name__
-    if recipe.looks_at_text and hasattr(dense_model.config, "image_size"):
-        raise UpcycleError(
-            f"{name} sees images, but router_init={recipe.router_init!r} and split_by={recipe.split_by!r} look at text. Use "
-            "'normal', 'orthogonal' or 'zero', and a `split_by` of 'random' or 'kmeans'."
-        )
+    if hasattr(dense_model.config, "image_size"):
+        if recipe.looks_at_tokens:
+            looks = recipe.learns_from_text or [f"router_init={recipe.router_init!r}"]
+            raise UpcycleError(
+                f"{name} sees images, but {_who_looks(looks)} at text. Use a `router_init` of 'normal', 'orthogonal' or 'zero', and a "
+                "`split_by` of 'random' or 'kmeans'."
+            )
+        if recipe.calibration_text:
+            raise UpcycleError(f"{name} sees images, for which `calibration_text` has no use. Leave it out.")
     if recipe.method == "split" and recipe.split_by == "gradient" and not dense_model.can_generate():
         raise UpcycleError(f"split_by='gradient' needs the loss of a causal language model, not of {name}.")
     if recipe.max_kl is not None and dense_model.base_model is dense_model:
         raise UpcycleError(f"`max_kl` compares predictions, and {name} makes none. Give `expert_noise`.")
 
 
-def _warnings(recipe: UpcycleConfig, is_gated: bool, misread_by: Mapping[str, list[str]]) -> list[str]:
+def _check_data(recipe: UpcycleConfig, experts_in: Mapping[int, int], sizes: LayerSizes) -> None:
+    """Refuse recipes that do not come with as many texts or prompts as they need."""
+    needs = ROUTER_INITIALIZERS[recipe.router_init].needs
+    if needs is not None and len(set(experts_in.values())) > 1:
+        raise UpcycleError(
+            f"router_init={recipe.router_init!r} needs the same number of experts in every layer, got {recipe.num_experts}."
+        )
+    num_rows, files = max(experts_in.values()) // sizes.experts_per_copy, recipe.calibration_files
+    if needs == "prompts" and len(recipe.prompts or []) != num_rows:
+        raise UpcycleError(
+            f"router_init='prompts' needs one entry of `prompts` per row of the router ({num_rows}), got "
+            f"{len(recipe.prompts or [])}."
+        )
+    if recipe.learns_from_text and not files:
+        raise UpcycleError(
+            f"{_who_looks(recipe.learns_from_text)} at text: give `calibration_text`, a text file or a list of them."
+        )
+    # With `router_statistics`, how many domains those know is seen when they are read.
+    if needs == "domains" and recipe.router_statistics is None and len(files) != num_rows:
+        raise UpcycleError(
+            f"router_init={recipe.router_init!r} needs one file of `calibration_text` per row of the router ({num_rows}), got "
+            f"{len(files)}."
+        )
+    if recipe.method == "split" and recipe.split_by == "gradient" and len(files) not in (1, num_rows):
+        raise UpcycleError(
+            f"split_by='gradient' takes one file of `calibration_text` per expert ({num_rows}), or one that is cut into "
+            f"clusters; got {len(files)}."
+        )
+
+
+def _who_looks(choices: list[str]) -> str:
+    return f"{' and '.join(choices)} look{'s' if len(choices) == 1 else ''}"
+
+
+def _warnings(
+    recipe: UpcycleConfig, dtype: torch.dtype, is_gated: bool, misread_by: Mapping[str, list[str]]
+) -> list[str]:
     found = []
     if recipe.router_init == "zero":
         found.append(
@@ -193,7 +236,7 @@ def _warnings(recipe: UpcycleConfig, is_gated: bool, misread_by: Mapping[str, li
             "scale_on='megatron' is for comparison with Megatron-Core: it changes what goes through the activation, and so the "
             f"output, {'by 6 to 30 % for 2 to 16 parts' if is_gated else 'unless the activation is ReLU'}. Use 'up_down'."
         )
-    if recipe.method in ("drop", "qwen", "split") and recipe.reinit_ratio:
+    if recipe.method in ("drop", "qwen", "split") and METHODS[recipe.method].inexact_because(recipe, dtype, is_gated):
         found.append(
             f"method {recipe.method!r} starts far from the dense model. After 50B tokens such starts were reported well below the "
             "dense model (https://huggingface.co/papers/2603.13364, table 1); 'copy' and 'residual' start from its quality."

@@ -78,7 +78,8 @@ class UpcycleConfig:
         calibration_text (`str` or `list[str]`, *optional*):
             Text files, or `.jsonl` files with a field `text`, for what looks at data. `"ridge"` and `"domain_embedding"`
             take file e as the domain of expert e, and so does `split_by="gradient"` where there are several. The proof and
-            its report of the routing look at this text too.
+            its report of the routing look at the first tokens of this text too, as many of each file: 256 of them, or 16 E / K
+            if that is more.
         calibration_tokens (`int`, *optional*, defaults to 8192):
             How many tokens of it are used, the same number of each file. They pass through the model at once, so memory
             grows with them.
@@ -195,6 +196,11 @@ class UpcycleConfig:
                 raise ValueError(
                     f"`{field}`={getattr(self, field)!r} has no effect on method {self.method!r}, only on {list(methods)}."
                 )
+        makes_up = self.method in ("granular", "split") or not self.norm_topk_prob
+        if self.scale_on != "up_down" and not makes_up:
+            raise ValueError(
+                f"`scale_on`={self.scale_on!r} has no effect: with weights that sum to 1, method {self.method!r} scales nothing."
+            )
         if self.method in ("granular", "qwen") and self.granularity == 1:
             raise ValueError(f"Method {self.method!r} needs a `granularity` of at least 2.")
         if self.num_shared_neurons and self.split_by in ("random", "kmeans"):
@@ -232,25 +238,36 @@ class UpcycleConfig:
                 raise ValueError(f"`{field}` has no effect on router_init={self.router_init!r}, only on 'ridge'.")
         if self.router_init == "zero" and self.router_logit_std != defaults["router_logit_std"].default:
             raise ValueError(f"`router_logit_std`={self.router_logit_std} has no effect on router_init='zero'.")
-        if self.calibration_tokens != defaults["calibration_tokens"].default and not (
-            self.calibration_text and self.looks_at_text
-        ):
+        if self.calibration_tokens != defaults["calibration_tokens"].default and not self.learns_from_text:
             raise ValueError(
                 f"`calibration_tokens`={self.calibration_tokens} has no effect: nothing in this recipe learns from a "
                 "`calibration_text` (a data-driven `router_init` or `split_by` would)."
             )
-        splits_by_text = self.method == "split" and self.split_by in ("activation", "gradient")
-        if needs == "prompts" and splits_by_text:
+        if self.calibration_text and self.verify == "none" and self.max_kl is None and not self.learns_from_text:
+            raise ValueError(
+                "`calibration_text` has no effect: nothing in this recipe learns from it, and with verify='none' nothing is "
+                "compared on it."
+            )
+        if needs == "prompts" and self.learns_from_text:
             raise ValueError(
                 f"router_init='prompts' and split_by={self.split_by!r} would look at different text, prompts and "
                 "`calibration_text`. Use another of the two."
             )
 
     @property
-    def looks_at_text(self) -> bool:
-        """Whether text or prompts decide something."""
-        splits_by_text = self.method == "split" and self.split_by in ("activation", "gradient")
-        return splits_by_text or ROUTER_INITIALIZERS[self.router_init].needs is not None
+    def learns_from_text(self) -> list[str]:
+        """The choices in which `calibration_text` decides something."""
+        learns = []
+        if ROUTER_INITIALIZERS[self.router_init].needs not in (None, "prompts"):
+            learns.append(f"router_init={self.router_init!r}")
+        if self.method == "split" and self.split_by in ("activation", "gradient"):
+            learns.append(f"split_by={self.split_by!r}")
+        return learns
+
+    @property
+    def looks_at_tokens(self) -> bool:
+        """Whether `calibration_text` or `prompts` decide something."""
+        return bool(self.learns_from_text) or ROUTER_INITIALIZERS[self.router_init].needs == "prompts"
 
     @property
     def calibration_files(self) -> list[str]:

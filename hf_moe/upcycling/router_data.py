@@ -142,6 +142,11 @@ def with_logit_std(rows_RH: torch.Tensor, inputs_TH: torch.Tensor, std: float) -
     """Scale the rows so that a token's logits have this standard deviation over the rows, in the mean square over tokens."""
     logits_TR = inputs_TH @ rows_RH.T
     spread = (logits_TR - logits_TR.mean(dim=-1, keepdim=True)).square().mean().sqrt().item()
+    if not math.isfinite(spread):
+        raise UpcycleError(
+            "The hidden states of the calibration text or prompts hold values that are not finite, so no router can be made of "
+            "them. Does the dense model overflow in its data type?"
+        )
     if not spread:
         raise UpcycleError(
             "All rows of the router would be equal: the calibration text or prompts do not tell the experts apart. Give each "

@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .calibration import read_text
+from .calibration import MIN_TOKENS_PER_ROW, read_text
 from .checkpoint import Checkpoint, load_tokenizer
+from .errors import UpcycleError
 from .recipe import UpcycleConfig
 
 
@@ -67,7 +68,11 @@ def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS, files: Sequence[str] 
     Args:
         needed (`int`, *optional*, defaults to 256): Number of tokens at least. They are more where the sliding window is at
             most 1024, to be longer than it.
-        files (`Sequence[str]`, *optional*): Files with the text, each of which gives an equal share. Ours if there are none.
+        files (`Sequence[str]`, *optional*): Files with the text, each of which gives an equal share, repeated where it is
+            shorter. Ours if there are none.
+
+    Raises:
+        UpcycleError: if a file cannot be read or has fewer than 32 tokens, or if there are files and no tokenizer.
     """
     generator = torch.Generator().manual_seed(0)
     if hasattr(dense.config, "image_size"):
@@ -78,10 +83,21 @@ def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS, files: Sequence[str] 
     rows = -(-needed // length)
     tokenizer = load_tokenizer(dense)
     if tokenizer is not None:
-        texts = [read_text(Path(file)) for file in files] or [TEXT]
+        texts = {file: tokenizer(read_text(Path(file)), verbose=False)["input_ids"] for file in files}
+        for file, ids in texts.items():
+            if len(ids) < MIN_TOKENS_PER_ROW:
+                raise UpcycleError(
+                    f"The calibration text {file} gives {len(ids)} tokens; each file needs at least {MIN_TOKENS_PER_ROW}."
+                )
+        texts = texts or {"ours": tokenizer(TEXT, verbose=False)["input_ids"]}
         share = -(-rows * length // len(texts))
-        ids = [token for text in texts for token in _repeated(tokenizer(text, verbose=False)["input_ids"], share)]
+        ids = [token for text in texts.values() for token in _repeated(text, share)]
         return Sample({"input_ids": torch.tensor(ids[: rows * length]).view(rows, length)}, rows * length, True)
+    if files:
+        raise UpcycleError(
+            f"{dense.source} has no tokenizer that loads, so `calibration_text` cannot be read. Save the tokenizer into its "
+            "folder, or leave the text out."
+        )
     logger.warning(f"{dense.source} has no tokenizer that loads: random tokens are compared.")
     ids = torch.randint(dense.config.vocab_size, (rows, length), generator=generator)
     return Sample({"input_ids": ids}, rows * length, False)

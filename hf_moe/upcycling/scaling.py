@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from .recipe import UpcycleConfig
 
 
-def with_whole_weight(dense: FeedForward, context: LayerContext) -> FeedForward:
-    """The feed-forward, made up for weights that do not sum to 1: a router of zeros gives K experts K / E."""
+def with_whole_weight(dense: FeedForward, context: LayerContext, num_parts: int = 1) -> FeedForward:
+    """
+    The feed-forward, made up for weights that do not sum to 1, since a router of zeros gives K experts K / E, and for being
+    cut into `num_parts` that each get one of these parts of a weight.
+    """
     recipe = context.recipe
     missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
-    return scale_output(dense, missing, recipe.scale_on, bias_scale=missing)
+    return scale_output(dense, num_parts * missing, recipe.scale_on, bias_scale=missing)
 
 
 def scale_output(dense: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:

@@ -114,23 +114,26 @@ def upcycle(
 
     steps = steps_for(recipe)
     calibration = None
-    if recipe.looks_at_text:
+    if recipe.looks_at_tokens:
         max_length = getattr(checkpoint.config, "max_position_embeddings", 0)
         calibration = read_calibration(recipe, plan, load_tokenizer(checkpoint), max_length)
-    sample = functools.cache(functools.partial(draw_sample, checkpoint, recipe))
+    sample = None
+    if recipe.verify != "none" or recipe.max_kl is not None:
+        sample = draw_sample(checkpoint, recipe)
+    texts = _digests(recipe)
     cards = {entry: read_parent_card(opened.folder / "README.md") for entry, opened in checkpoints.items()}
     described = {entry: _describe(opened, cards[entry], digests[entry]()) for entry, opened in checkpoints.items()}
 
     with output.locked() as incomplete:
-        writer = output.open(steps, checkpoint, _fingerprint(recipe, described), max_shard_size)
+        writer = output.open(steps, checkpoint, _fingerprint(recipe, described, texts), max_shard_size)
         if calibration is not None:
             found = _observe(checkpoint, calibration, plan, recipe, incomplete, progress)
             for index, tensors in found.items():
                 observations[index].update(tensors)
         expert_noise = float(recipe.expert_noise)
-        if recipe.max_kl is not None:
+        if recipe.max_kl is not None and sample is not None:
             side = Side(dense_class(checkpoint.config), checkpoint, find_family(checkpoint.config).layers)
-            expert_noise = _find_noise(incomplete, side, plan, recipe, sample(), steps_for, progress)
+            expert_noise = _find_noise(incomplete, side, plan, recipe, sample, steps_for, progress)
             steps = steps_for(dataclasses.replace(recipe, expert_noise=expert_noise, max_kl=None))
         output.write_weights(writer, steps, progress)
         model = meta_model(plan.model_class, plan.config)
@@ -138,9 +141,9 @@ def upcycle(
         if plan.native:
             add_legacy_keys(incomplete / "config.json", plan.config)
         parity = None
-        if recipe.verify != "none":
-            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample(), writer, progress)
-        provenance = {**_provenance(recipe, plan, checkpoint, described, parity), "expert_noise": expert_noise}
+        if recipe.verify != "none" and sample is not None:
+            parity = _prove(checkpoints, composition, incomplete, plan, recipe, sample, writer, progress)
+        provenance = {**_provenance(recipe, plan, checkpoint, described, texts, parity), "expert_noise": expert_noise}
         write_provenance(incomplete, provenance)
         write_model_card(incomplete, provenance, cards[BASE])
         for name in (OBSERVATIONS, NOISE):
@@ -205,11 +208,10 @@ def _describe(checkpoint: Checkpoint, card: CardData | None, sha256: dict[str, s
     }
 
 
-def _fingerprint(recipe: UpcycleConfig, parents: dict[str, dict[str, Any]]) -> str:
+def _fingerprint(recipe: UpcycleConfig, parents: dict[str, dict[str, Any]], texts: list[dict[str, str]]) -> str:
     """What an interrupted conversion must share with the one that goes on with it."""
     weights_recipe = {name: value for name, value in recipe.to_dict().items() if name != "verify"}
     sha256 = {entry: parent["sha256"] for entry, parent in parents.items()}
-    texts = _digests(recipe)
     return json.dumps({"hf_moe": __version__, "recipe": weights_recipe, "sha256": sha256, "calibration_text": texts})
 
 
@@ -320,6 +322,7 @@ def _provenance(
     plan: UpcyclePlan,
     checkpoint: Checkpoint,
     parents: dict[str, dict[str, Any]],
+    texts: list[dict[str, str]],
     parity: dict[str, Any] | None,
 ) -> dict[str, Any]:
     values, experts = recipe.to_dict(), {}
@@ -328,7 +331,6 @@ def _provenance(
         names = {entry: "@".join(filter(None, (of["name"], of["revision"]))) for entry, of in parents.items()}
         values["experts"] = [entry if entry == BASE else names[entry] for entry in recipe.experts]
         experts = {"experts": [parents[entry] for entry in recipe.experts]}
-    texts = _digests(recipe)
     if texts:
         values["calibration_text"] = [text["name"] for text in texts]
     if recipe.router_statistics is not None:

@@ -19,6 +19,7 @@ NATIVE = {
     "olmoe": ("Olmoe", {"num_experts": 4, "norm_topk_prob": False}),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),
     "granitemoeshared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 40}),
+    "granitemoe_swa": ("GraniteMoeSWA", {"num_local_experts": 4, "shared_intermediate_size": 40}),
     "deepseek_v3": (
         "DeepseekV3",
         {
@@ -49,6 +50,7 @@ SOFTMAX_KINDS = [
     "olmoe",
     "granitemoe",
     "granitemoeshared",
+    "granitemoe_swa",
     "moe_llama",
     "moe_qwen2",
 ]

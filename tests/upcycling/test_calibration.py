@@ -12,6 +12,8 @@ import transformers
 from conftest import assert_close, dense_model, randomize, save_tokenizer
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
 from hf_moe.upcycling import calibration as calibration_module
@@ -21,6 +23,7 @@ from hf_moe.upcycling.families import FAMILIES
 from hf_moe.upcycling.feed_forward import FeedForward, LayerContext
 from hf_moe.upcycling.partition import SHARED, co_activation_partition, importance_partition
 from hf_moe.upcycling.ridge import RidgeStatistics
+from hf_moe.upcycling.router_data import with_logit_std
 from hf_moe.upcycling.router_init import ROUTER_INITIALIZERS, Seen
 
 
@@ -189,7 +192,9 @@ def test_importance_is_the_gradient_of_a_gate_on_every_neuron():
 @pytest.mark.parametrize("router_init", ["kmeans", "ridge"])
 def test_rows_come_from_what_the_router_will_see(router_init):
     dense, data = dense_model("llama"), batch()
-    recipe = UpcycleConfig(num_experts=4, num_experts_per_tok=2, router_init=router_init, calibration_text="unread")
+    recipe = UpcycleConfig(
+        num_experts=4, num_experts_per_tok=2, router_init=router_init, calibration_text=["unread"] * 4
+    )
     plan = plan_upcycle(dense.config, recipe)
     found = calibrate(dense, data, FAMILIES["llama"], plan, recipe, lambda index: None, progress=False)
     inputs = []
@@ -280,9 +285,8 @@ def recipes(folder) -> dict[str, dict]:
 
 @pytest.mark.parametrize("kind", recipes(Path()))
 def test_streamed_equals_in_memory(kind, dense_folder, tmp_path):
-    recipe = UpcycleConfig(
-        **{"num_experts": 4, "num_experts_per_tok": 2, "calibration_tokens": 4096, **recipes(dense_folder)[kind]}
-    )
+    tokens = {} if kind == "prompts" else {"calibration_tokens": 4096}
+    recipe = UpcycleConfig(**{"num_experts": 4, "num_experts_per_tok": 2, **tokens, **recipes(dense_folder)[kind]})
     report = upcycle(dense_folder, tmp_path / "moe", recipe)
     assert report.exact == (recipe.method in ("copy", "granular"))
     assert not list((tmp_path / "moe").glob(".*"))
@@ -340,7 +344,10 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
             "has 40 tokens, but 4 experts need at least 32 each",
         ),
         ({"router_init": "kmeans", "calibration_text": "broken.jsonl"}, "neither UTF-8 text nor JSON lines"),
-        ({"router_init": "ridge", "calibration_text": ["code.txt"]}, r"one domain per row of the router \(4\)"),
+        (
+            {"router_init": "ridge", "calibration_text": ["code.txt"]},
+            r"one file of `calibration_text` per row of the router \(4\)",
+        ),
         (
             {"router_init": "domain_embedding", "calibration_text": ["code.txt"]},
             "one file of `calibration_text` per row",
@@ -348,6 +355,14 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
         (
             {"method": "split", "split_by": "gradient", "num_experts": 6, "calibration_text": ["code.txt"] * 3},
             r"one file of `calibration_text` per expert \(6\)",
+        ),
+        (
+            {"method": "split", "split_by": "activation", "num_experts": 6},
+            "split_by='activation' looks at text: give `calibration_text`",
+        ),
+        (
+            {"method": "split", "split_by": "activation", "router_init": "kmeans", "num_experts": 6},
+            "router_init='kmeans' and split_by='activation' look at text",
         ),
         ({"router_init": "prompts"}, r"one entry of `prompts` per row of the router \(4\), got 0"),
         ({"router_init": "prompts", "prompts": [{"positive": ["a"]}] * 3}, r"\(4\), got 3"),
@@ -361,14 +376,59 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_calibration_is_refused(values, message, dense_folder, tmp_path, monkeypatch):
+def test_bad_calibration_is_refused_before_anything_is_written(values, message, dense_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("abcd")
     (tmp_path / "little.txt").write_text("abcdefgh" * 5)
     (tmp_path / "broken.jsonl").write_text('{"content": "x"}\n')
     with pytest.raises(UpcycleError, match=message):
         upcycle(dense_folder, tmp_path / "moe", UpcycleConfig(**{"num_experts": 4, **values}))
-    assert not (tmp_path / "moe").exists()
+    assert not list(tmp_path.glob("moe*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("missing.txt", "missing.txt cannot be read: No such file"),
+        ("folder", "folder cannot be read: Is a directory"),
+        ("empty.txt", "empty.txt gives 0 tokens; each file needs at least 32"),
+        ("short.txt", "short.txt gives 4 tokens"),
+        ("binary.txt", "neither UTF-8 text"),
+    ],
+)
+def test_text_that_only_the_proof_reads_is_checked_as_early(text, message, dense_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("abcd")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 50)
+    with pytest.raises(UpcycleError, match=message):
+        upcycle(dense_folder, tmp_path / "moe", UpcycleConfig(num_experts=4, calibration_text=text))
+    assert not list(tmp_path.glob("moe*"))
+
+
+def test_text_without_a_tokenizer_or_for_images_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("text " * 100)
+    recipe = UpcycleConfig(num_experts=4, calibration_text=str(tmp_path / "text.txt"))
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(UpcycleError, match="has no tokenizer that loads, so `calibration_text` cannot be read"):
+        upcycle(tmp_path / "dense", tmp_path / "moe", recipe)
+    with pytest.raises(UpcycleError, match="sees images, for which `calibration_text` has no use"):
+        plan_upcycle(dense_model("vit", "Model").config, recipe)
+
+
+def test_prompts_without_tokens_are_refused(dense_folder):
+    tokenizer = AutoTokenizer.from_pretrained(dense_folder)
+    prompts = [{"positive": ["a"]}] * 3 + [{"positive": ["\u2603"]}]
+    recipe = UpcycleConfig(num_experts=4, router_init="prompts", prompts=prompts)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2603", "removed")
+    with pytest.raises(UpcycleError, match="The prompt '\u2603' of expert 3 has no tokens"):
+        upcycle_model(dense_model("llama"), recipe, tokenizer=tokenizer)
+
+
+def test_states_that_are_not_finite_are_refused():
+    with pytest.raises(UpcycleError, match="not finite"):
+        with_logit_std(torch.randn(4, 8), torch.full((3, 8), float("inf")), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +439,14 @@ def test_bad_calibration_is_refused(values, message, dense_folder, tmp_path, mon
         ({"router_logit_std": 0.5, "router_init": "zero"}, "has no effect on router_init='zero'"),
         ({"calibration_tokens": 9}, "`calibration_tokens`=9 has no effect"),
         ({"calibration_tokens": 9, "calibration_text": "code.txt"}, "`calibration_tokens`=9 has no effect"),
+        (
+            {
+                **{"calibration_tokens": 9, "calibration_text": "code.txt"},
+                **{"router_init": "prompts", "prompts": [{"positive": ["a"]}]},
+            },
+            "`calibration_tokens`=9 has no effect",
+        ),
+        ({"verify": "none", "calibration_text": "code.txt"}, "`calibration_text` has no effect"),
         (
             {"router_init": "prompts", "prompts": [{"positive": ["a"]}], "method": "split", "split_by": "activation"},
             "would look at different text",
@@ -406,6 +474,8 @@ def test_gradient_needs_a_language_model(tmp_path, dense_folder):
     randomize(model)
     model.save_pretrained(tmp_path / "classifier")
     save_tokenizer(tmp_path / "classifier")
+    with pytest.raises(UpcycleError, match="loss of a causal language model"):
+        upcycle_model(model, UpcycleConfig(num_experts=4, **recipes(dense_folder)["gradient"]))
     with pytest.raises(UpcycleError, match="loss of a causal language model"):
         upcycle(
             tmp_path / "classifier",

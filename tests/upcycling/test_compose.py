@@ -521,6 +521,7 @@ def test_no_parent_is_overwritten(tmp_path):
     [
         ({"experts": None}, "needs `experts`: folders or Hub ids.*got None"),
         ({"experts": ["base", "base"]}, r"needs `experts`.*got \['base', 'base'\]"),
+        ({"experts": ["a", "b"], "norm_topk_prob": False}, "'compose' needs `norm_topk_prob`"),
         ({"experts": ["a"]}, "`num_experts` must be at least 2, got 1"),
         ({"experts": ["a", "b"], "num_experts": 3}, r"one expert of each of the 2 entries.*\(got 3\)"),
         ({"experts": ["a", "b"], "num_experts": [2, 2, 2]}, r"in every layer.*got \[2, 2, 2\]"),

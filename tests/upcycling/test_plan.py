@@ -73,6 +73,8 @@ def test_recipe_as_yaml(tmp_path):
         ({"router_logit_std": float("nan")}, "finite number"),
         ({"router_aux_loss_coef": -0.1}, "finite number"),
         ({"num_experts": "8"}, "num_experts"),
+        ({"scale_on": "megatron"}, "`scale_on`='megatron' has no effect: with weights that sum to 1, method 'copy'"),
+        ({"method": "qwen", "granularity": 2, "scale_on": "down"}, "method 'qwen' scales nothing"),
     ],
 )
 def test_bad_recipes_are_refused(values, message):
@@ -91,6 +93,7 @@ def test_layers_outside_the_model_are_refused():
         ({"router_init": "zero"}, "all logits tie"),
         ({"method": "granular", "granularity": 2, "scale_on": "megatron"}, "changes what goes through the activation"),
         ({"method": "drop"}, "starts far from the dense model"),
+        ({"method": "qwen", "granularity": 2, "reinit_ratio": 0.0}, "starts far from the dense model"),
     ],
 )
 def test_warnings(values, message, caplog):
@@ -103,3 +106,33 @@ def test_warnings(values, message, caplog):
     logger.removeHandler(caplog.handler)
     assert message in caplog.text
     assert not plan_upcycle(dense.config, UpcycleConfig(num_experts=4)).warnings
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "drop", "reinit_ratio": 0.0},
+        {"method": "split", "num_experts": 6, "num_experts_per_tok": 6, "router_init": "zero"},
+    ],
+)
+def test_a_method_that_is_exact_here_is_not_far(values):
+    plan = plan_upcycle(dense_model("llama").config, UpcycleConfig(**{"num_experts": 4, **values}))
+    assert plan.exact
+    assert not [warning for warning in plan.warnings if "far from the dense" in warning]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"router_init": "normal"},
+        {"router_init": "zero", "scale_on": "megatron"},
+        {"router_init": "zero", "num_experts": 6},
+    ],
+)
+def test_drop_that_replaces_nothing_is_as_exact_as_copy(values):
+    dense = dense_model("llama", dtype=torch.bfloat16)
+    common = {"num_experts": 4, "norm_topk_prob": False, **values}
+    copied = plan_upcycle(dense.config, UpcycleConfig(method="copy", **common)).inexact_because
+    dropped = plan_upcycle(dense.config, UpcycleConfig(method="drop", reinit_ratio=0.0, **common)).inexact_because
+    assert dropped == copied
+    assert copied is not None
