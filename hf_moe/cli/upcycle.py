@@ -91,7 +91,7 @@ def plan(
             "native": result.native,
             "exact": result.exact,
             "inexact_because": result.inexact_because,
-            **({"warnings": result.warnings} if out.mode != "human" else {}),
+            **({"warnings": result.warnings, "misread_by": result.misread_by} if out.mode != "human" else {}),
             "sparse_layers": f"{len(result.sparse_layers)} of {result.config.num_hidden_layers}",
             "num_parameters": _count(result.num_parameters),
             "num_active_parameters": _count(result.num_active_parameters),
