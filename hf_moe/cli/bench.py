@@ -43,7 +43,10 @@ def upcycle(
     rows = []
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix="hf-moe-bench-") as folder:
         if source is None:
-            source = str(_make_llama(Path(folder) / "dense"))
+            source = str(Path(folder) / "dense")
+            # In a process of its own, since the memory of this one is on the account of every child.
+            make = "import sys; from hf_moe.cli.bench import make_llama; make_llama(sys.argv[1])"
+            _run([sys.executable, "-c", make, source])
         for number in num_experts or [4, 32]:
             rows += _measure_in_turns(
                 _upcycle_commands(source, number, Path(folder), mergekit), Path(folder), number, runs
@@ -51,7 +54,7 @@ def upcycle(
     out.table(rows)
 
 
-def _make_llama(folder: Path) -> Path:
+def make_llama(folder: str) -> None:
     """A Llama of 1.0B parameters in the proportions of Llama-3.2-1B, in bfloat16 and with a tokenizer of single bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -74,7 +77,6 @@ def _make_llama(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return folder
 
 
 bench.command(
