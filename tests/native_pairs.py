@@ -147,6 +147,7 @@ PAIRS = {
         HEAD,
         "`norm_topk_prob: false`",
         {"norm_topk_prob": False, "router_init": "zero"},
+        exact_in_bfloat16=True,
         llamacpp=NORMALISED,
         vllm="",
     ),
