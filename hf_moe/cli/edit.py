@@ -161,7 +161,7 @@ def _run(operation: Callable[..., "EditReport"], options: dict[str, Any]) -> Non
         output_dir=str(report.output_dir),
         model_type=report.model_type,
         **experts,
-        exact=report.exact,
+        exact=None if report.measured is None else report.exact,
         **({"inexact_because": report.inexact_because} if report.inexact_because and not report.exact else {}),
         max_relative_error=error(report.max_relative_error),
         top1_agreement=None if report.measured is None else round(report.measured["float32"]["top1_agreement"], 4),

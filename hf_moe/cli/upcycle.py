@@ -133,6 +133,7 @@ def upcycle(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
 ) -> None:
     """Convert a dense model into a mixture of experts, and prove what was preserved."""
+    from ..upcycling.expert_parity import largest_error
     from ..upcycling.upcycle import upcycle as run
 
     try:
@@ -154,10 +155,11 @@ def upcycle(
         f"Wrote {report.output_dir}",
         output_dir=str(report.output_dir),
         model_type=report.model_type,
-        exact=report.exact,
+        exact=None if report.parity is None else report.exact,
+        **({"inexact_because": report.inexact_because} if report.inexact_because else {}),
         max_relative_error=_error(report.max_relative_error),
         **(
-            {f"max_relative_error_{low_precision}": _error(parity[low_precision].get("max_relative_error"))}
+            {f"max_relative_error_{low_precision}": _error(largest_error(parity[low_precision]))}
             if low_precision
             else {}
         ),

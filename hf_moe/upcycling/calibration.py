@@ -216,14 +216,15 @@ def neuron_importance(
 def _read_texts(
     recipe: UpcycleConfig, tokenizer: PreTrainedTokenizerBase, length: int, files: list[Path], num_rows: int
 ) -> Calibration:
-    sequences, domains = [], []
+    sequences, domains, is_cut = [], [], False
     per_file = max(recipe.calibration_tokens // len(files), 1)
     for domain, path in enumerate(files):
-        ids = tokenizer(read_text(path), truncation=False, verbose=False)["input_ids"][:per_file]
+        whole = tokenizer(read_text(path), truncation=False, verbose=False)["input_ids"]
+        ids, is_cut = whole[:per_file], is_cut or len(whole) > per_file
         if len(ids) < MIN_TOKENS_PER_ROW:
             raise UpcycleError(
-                f"The calibration text {path} gives {len(ids)} tokens; each file needs at least {MIN_TOKENS_PER_ROW}. Give more text, "
-                f"or raise `calibration_tokens` ({recipe.calibration_tokens})."
+                f"The calibration text {path} gives {len(ids)} tokens; each file needs at least {MIN_TOKENS_PER_ROW}. "
+                f"{_more(recipe, is_cut)}"
             )
         blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
         sequences += blocks
@@ -232,10 +233,13 @@ def _read_texts(
     if total < MIN_TOKENS_PER_ROW * num_rows:
         raise UpcycleError(
             f"The calibration text has {total} tokens, but {num_rows} experts need at least {MIN_TOKENS_PER_ROW} each, "
-            f"{MIN_TOKENS_PER_ROW * num_rows} together. Give more text, or raise `calibration_tokens` "
-            f"({recipe.calibration_tokens})."
+            f"{MIN_TOKENS_PER_ROW * num_rows} together. {_more(recipe, is_cut)}"
         )
     return _padded(sequences, domains, [False] * len(sequences), len(files))
+
+
+def _more(recipe: UpcycleConfig, is_cut: bool) -> str:
+    return f"Raise `calibration_tokens` ({recipe.calibration_tokens})." if is_cut else "Give more text."
 
 
 def read_text(path: Path) -> str:

@@ -59,7 +59,13 @@ class OutputFolder:
             raise UpcycleError(
                 f"{self.path} is a mount point, which cannot be put in place at once. Choose a folder inside it."
             )
-        if self.path.exists() and any(self.path.iterdir()) and not self.overwrite:
+        holds_something = self.path.exists() and any(self.path.iterdir())
+        if holds_something and self.overwrite and not (self.path / "config.json").exists():
+            raise UpcycleError(
+                f"{self.path} holds no model (there is no config.json), so it is not replaced. Choose another folder, or empty "
+                "this one yourself."
+            )
+        if holds_something and not self.overwrite:
             raise UpcycleError(
                 f"The output folder {self.path} exists and is not empty. Choose another one, or pass overwrite=True "
                 "(--overwrite) to replace it."

@@ -56,7 +56,7 @@ class UpcycleConfig:
             Where `"compose"` takes attention, norms and embeddings from: the `"base"`, or the `"mean"` over the checkpoints
             in `experts`, each counted once. Rows of the embeddings that only some checkpoints have are the mean over those.
         expert_noise (`float`, *optional*, defaults to 0.0):
-            Standard deviation of the noise that is added to every tensor of an expert, relative to that of the tensor.
+            Standard deviation of the noise added to every tensor of an expert, relative to that of the tensor.
         max_kl (`float`, *optional*):
             Instead of `expert_noise`: the largest noise is searched for which the mean KL divergence of the result's
             predictions from the dense model's stays within this bound, in nats, on the text of the proof.
@@ -81,8 +81,7 @@ class UpcycleConfig:
             its report of the routing look at the first tokens of this text too, as many of each file: 256 of them, or 16 E / K
             if that is more.
         calibration_tokens (`int`, *optional*, defaults to 8192):
-            How many tokens of it are used, the same number of each file. They pass through the model at once, so memory
-            grows with them.
+            How many tokens of it are used, as many of each file. They pass at once, so memory grows with them.
         prompts (`list[dict]`, *optional*):
             For `router_init="prompts"`, per expert a mapping with the lists `positive` and, if wanted, `negative`.
         ridge_penalty (`float`, *optional*, defaults to 0.001):
@@ -90,8 +89,7 @@ class UpcycleConfig:
         router_statistics (`str`, *optional*):
             The folder `router_statistics` of an earlier conversion with `"ridge"`, whose domains then come first.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
-            Coefficient of the load-balancing loss in the result's configuration. The loss is used when the model is
-            trained with `output_router_logits=True`.
+            Coefficient of the load-balancing loss, which is used in training with `output_router_logits=True`.
         seed (`int`, *optional*, defaults to 0):
             Seed of everything random. Shard sizes and resuming do not change the result.
         verify (`str`, *optional*, defaults to `"full"`):
@@ -342,20 +340,20 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
     `"4,6,8-11"` is 4, 6, 8, 9, 10 and 11, whatever the number of layers; slices are Python's.
     """
-    layers: set[int] = set()
+    layers: list[int] = []
     for part in text.split(","):
         try:
             if ":" in part:
-                layers.update(
-                    range(num_layers)[slice(*(int(item) if item.strip() else None for item in part.split(":")))]
-                )
+                layers += range(num_layers)[slice(*(int(item) if item.strip() else None for item in part.split(":")))]
             else:
                 first, dash, last = part.partition("-")
-                layers.update(range(int(first), int(last if dash else first) + 1))
+                layers += range(int(first), int(last if dash else first) + 1)
         except (ValueError, TypeError):
             raise ValueError(
                 f"`layers` takes indices, ranges and slices such as '4,6,8-11', '::2' or '-4:', got {text!r}."
             ) from None
+    if twice := sorted({index for index in layers if layers.count(index) > 1}):
+        raise ValueError(f"`layers` must name each layer once, but {text!r} names {twice} more often.")
     return sorted(layers)
 
 
@@ -369,6 +367,7 @@ class UpcycleReport:
         model_type (`str`): Model type of the result, e.g. `"mixtral"` or `"moe_llama"`.
         exact (`bool`): Whether the result was measured to compute what the dense model computes, within 1e-5 in float32.
             False as well if nothing was measured.
+        inexact_because (`str`, *optional*): Why the method does not promise that; None if it does.
         max_relative_error (`float`, *optional*): Largest difference in float32, divided by the largest value: of the
             logits, or of the layers' outputs with `verify="layers"`. None if the dense model was not compared.
         expert_errors (`dict[str, float]`, *optional*): With method `"compose"`, the largest difference in float32 between
@@ -389,6 +388,7 @@ class UpcycleReport:
     output_dir: Path
     model_type: str
     exact: bool
+    inexact_because: str | None
     max_relative_error: float | None
     expert_errors: dict[str, float] | None
     parity: dict[str, Any] | None

@@ -44,7 +44,7 @@ def test_inspect_and_prune(moe, run_command, printed, tmp_path):
     report = printed(
         *("prune", moe, tmp_path / "less", "--keep", 3, "--statistics", tmp_path / "statistics.json", "--no-verify")
     )
-    assert (report["num_experts"], report["max_relative_error"], report["exact"]) == (3, None, False)
+    assert (report["num_experts"], report["max_relative_error"], report["exact"]) == (3, None, None)
 
 
 def test_extract_drop_and_insert(moe, printed, tmp_path):

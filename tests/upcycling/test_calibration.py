@@ -338,10 +338,10 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
     [
         ({"router_init": "kmeans"}, "give `calibration_text`"),
         ({"router_init": "kmeans", "calibration_text": "missing.txt"}, "missing.txt cannot be read"),
-        ({"router_init": "kmeans", "calibration_text": "short.txt"}, "gives 4 tokens; each file needs at least 32"),
+        ({"router_init": "kmeans", "calibration_text": "short.txt"}, "gives 4 tokens; each file needs at least 32. Give more text.$"),
         (
             {"router_init": "kmeans", "calibration_text": "little.txt"},
-            "has 40 tokens, but 4 experts need at least 32 each",
+            "has 40 tokens, but 4 experts need at least 32 each, 128 together. Give more text.$",
         ),
         ({"router_init": "kmeans", "calibration_text": "broken.jsonl"}, "neither UTF-8 text nor JSON lines"),
         (
@@ -368,7 +368,7 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
         ({"router_init": "prompts", "prompts": [{"positive": ["a"]}] * 3}, r"\(4\), got 3"),
         (
             {"router_init": "kmeans", "calibration_text": "code.txt", "calibration_tokens": 9},
-            "raise `calibration_tokens` ",
+            r"Raise `calibration_tokens` \(9\)",
         ),
         (
             {"router_init": "kmeans", "num_experts": [4, 4, 8], "calibration_text": "code.txt"},

@@ -69,6 +69,7 @@ def test_recipe_as_yaml(tmp_path):
         ({"verify": True}, "verify"),
         ({"layers": []}, "at least one layer"),
         ({"layers": [1, 1]}, "each once"),
+        ({"layers": "1,0-2"}, r"names \[1\] more often"),
         ({"router_logit_std": -1.0}, "finite number and not negative"),
         ({"router_logit_std": float("nan")}, "finite number"),
         ({"router_aux_loss_coef": -0.1}, "finite number"),

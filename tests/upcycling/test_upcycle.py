@@ -498,6 +498,29 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
         upcycle(source, tmp_path / "moe", recipe())
 
 
+def test_a_folder_without_a_model_is_never_replaced(tmp_path):
+    source = save_dense(tmp_path / "dense", "llama")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "important.txt").write_text("x")
+    with pytest.raises(UpcycleError, match="holds no model .*so it is not replaced"):
+        upcycle(source, tmp_path / "notes", recipe(), overwrite=True)
+    assert (tmp_path / "notes" / "important.txt").read_text() == "x"
+
+
+def test_the_card_says_why_it_is_not_exact_and_how_much_noise_there_is(tmp_path):
+    source = save_dense(tmp_path / "dense", "llama")
+    report = upcycle(source, tmp_path / "moe", recipe(max_kl=1e-3))
+    card = " ".join((tmp_path / "moe" / "README.md").read_text().split())
+    assert report.inexact_because == "noise is added to the experts, as much as max_kl=0.001 allows"
+    assert f"does not compute what the dense model computes: {report.inexact_because}." in card
+    assert f"with noise on the experts of {report.expert_noise:.4g} times" in card
+    assert "The experts start equal" not in card
+    upcycle(source, tmp_path / "equal", recipe())
+    card = " ".join((tmp_path / "equal" / "README.md").read_text().split())
+    assert "The experts start equal" in card
+    assert "| `model.layers.1.mlp` |" in card
+
+
 def test_existing_output_is_not_touched_without_overwrite(tmp_path):
     source = save_dense(tmp_path / "dense")
     (tmp_path / "moe").mkdir()
@@ -505,6 +528,7 @@ def test_existing_output_is_not_touched_without_overwrite(tmp_path):
     with pytest.raises(UpcycleError, match="exists and is not empty.*overwrite"):
         upcycle(source, tmp_path / "moe", recipe())
     assert (tmp_path / "moe" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "moe" / "config.json").write_text("{}")
     upcycle(source, tmp_path / "moe", recipe(), overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
     assert load(tmp_path / "moe")
