@@ -23,7 +23,11 @@ from hf_moe import UpcycleConfig, upcycle
             ["hf-moe\n", "trust_remote_code"],
         ),
         ({"target": "hf_moe"}, ["import hf_moe", "trust_remote_code=True", "MoeLlamaForCausalLM"], []),
-        ({"norm_topk_prob": False}, ["does not compute what the dense model computes: the weights of the chosen", "norm_topk_prob: false"], ["The method is exact"]),
+        (
+            {"norm_topk_prob": False},
+            ["does not compute what the dense model computes: the weights of the chosen", "norm_topk_prob: false"],
+            ["The method is exact"],
+        ),
         ({"method": "residual"}, ["keeps all experts in use"], ["experts start equal", "paper"]),
         ({"verify": "layers"}, ["worst layer"], ["same top token"]),
         ({"verify": "none"}, ["## Recipe"], ["What was preserved", "worst layer"]),

@@ -338,7 +338,10 @@ def test_resuming_keeps_what_was_observed(dense_folder, tmp_path, monkeypatch):
     [
         ({"router_init": "kmeans"}, "give `calibration_text`"),
         ({"router_init": "kmeans", "calibration_text": "missing.txt"}, "missing.txt cannot be read"),
-        ({"router_init": "kmeans", "calibration_text": "short.txt"}, "gives 4 tokens; each file needs at least 32. Give more text.$"),
+        (
+            {"router_init": "kmeans", "calibration_text": "short.txt"},
+            "gives 4 tokens; each file needs at least 32. Give more text.$",
+        ),
         (
             {"router_init": "kmeans", "calibration_text": "little.txt"},
             "has 40 tokens, but 4 experts need at least 32 each, 128 together. Give more text.$",
