@@ -43,12 +43,14 @@ def main() -> None:
 
     report = upcycle(arguments.source, arguments.output_dir, recipe, overwrite=arguments.overwrite)
     print(f"wrote {report.bytes_written:,} bytes to {report.output_dir}")
-    for dtype, measured in report.parity.items():
-        if isinstance(measured, dict):
+    for dtype in ("float32", "bfloat16"):
+        if dtype in report.parity:
+            measured = report.parity[dtype]
             print(
                 f"computed in {dtype:<9} max|logit difference| / max|logit| = {measured['max_relative_error']:.1e}, "
                 f"same top token {measured['top1_agreement']:.1%}"
             )
+    print(f"entropy of the untrained routers' load: {report.routing.summary()['entropy']:.2f}")
 
 
 if __name__ == "__main__":

@@ -201,6 +201,9 @@ def test_an_existing_folder_is_safe(tmp_path):
         expand_experts(source, tmp_path / "more")
     with pytest.raises(UpcycleError, match="holds the source"):
         expand_experts(source, source, overwrite=True)
+    with pytest.raises(UpcycleError, match="holds no model"):
+        expand_experts(source, tmp_path / "more", overwrite=True)
+    (tmp_path / "more" / "config.json").write_text("{}")
     expand_experts(source, tmp_path / "more", overwrite=True, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe", "more"]
 
