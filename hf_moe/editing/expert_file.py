@@ -230,7 +230,8 @@ def insert_expert(
 def _choose_layers(moe: MoeCheckpoint, layers: list[int] | str | None) -> list[int]:
     if layers is None:
         return list(moe.blocks)
-    chosen = parse_layers(layers, moe.config.num_hidden_layers) if isinstance(layers, str) else sorted(set(layers))
+    named = parse_layers(layers, moe.config.num_hidden_layers) if isinstance(layers, str) else layers
+    chosen = sorted(set(named))
     if not chosen or (outside := [index for index in chosen if index not in moe.blocks]):
         raise UpcycleError(
             f"`layers`={layers!r} must name sparse layers, which are {list(moe.blocks)}; got {outside if chosen else []}."

@@ -224,7 +224,7 @@ def _read_texts(
         if len(ids) < MIN_TOKENS_PER_ROW:
             raise UpcycleError(
                 f"The calibration text {path} gives {len(ids)} tokens; each file needs at least {MIN_TOKENS_PER_ROW}. "
-                f"{_more(recipe, is_cut)}"
+                f"{_how_to_get_more(recipe, is_cut)}"
             )
         blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
         sequences += blocks
@@ -233,12 +233,12 @@ def _read_texts(
     if total < MIN_TOKENS_PER_ROW * num_rows:
         raise UpcycleError(
             f"The calibration text has {total} tokens, but {num_rows} experts need at least {MIN_TOKENS_PER_ROW} each, "
-            f"{MIN_TOKENS_PER_ROW * num_rows} together. {_more(recipe, is_cut)}"
+            f"{MIN_TOKENS_PER_ROW * num_rows} together. {_how_to_get_more(recipe, is_cut)}"
         )
     return _padded(sequences, domains, [False] * len(sequences), len(files))
 
 
-def _more(recipe: UpcycleConfig, is_cut: bool) -> str:
+def _how_to_get_more(recipe: UpcycleConfig, is_cut: bool) -> str:
     return f"Raise `calibration_tokens` ({recipe.calibration_tokens})." if is_cut else "Give more text."
 
 

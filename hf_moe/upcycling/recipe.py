@@ -336,7 +336,8 @@ class UpcycleConfig:
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
     """
-    The indices that a text of indices, ranges and slices means in a model of `num_layers`, ascending.
+    The indices that a text of indices, ranges and slices means in a model of `num_layers`, ascending, each as often as it is
+    named.
 
     `"4,6,8-11"` is 4, 6, 8, 9, 10 and 11, whatever the number of layers; slices are Python's.
     """
@@ -352,8 +353,6 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
             raise ValueError(
                 f"`layers` takes indices, ranges and slices such as '4,6,8-11', '::2' or '-4:', got {text!r}."
             ) from None
-    if twice := sorted({index for index in layers if layers.count(index) > 1}):
-        raise ValueError(f"`layers` must name each layer once, but {text!r} names {twice} more often.")
     return sorted(layers)
 
 

@@ -214,6 +214,8 @@ def find_sparse_layers(dense_config: PreTrainedConfig, recipe: UpcycleConfig) ->
         layers = list(range(count)) if recipe.layers is None else sorted(recipe.layers)
     if not layers:
         raise UpcycleError(f"`layers`={recipe.layers!r} names none of the model's layers 0 to {count - 1}.")
+    if twice := sorted({index for index in layers if layers.count(index) > 1}):
+        raise UpcycleError(f"`layers` must name each layer once, but {recipe.layers!r} names {twice} more often.")
     if outside := [index for index in layers if not 0 <= index < count]:
         raise UpcycleError(f"`layers` names {outside}, but the model has layers 0 to {count - 1}.")
     if not isinstance(recipe.num_experts, list):

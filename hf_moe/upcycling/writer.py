@@ -26,7 +26,7 @@ from .errors import UpcycleError
 
 JOURNAL = ".upcycle-journal.jsonl"
 MIN_BACKGROUND_BYTES = 2**20
-WRITE_CHUNK = 2**17  # as `cp` does: Linux takes up to six times as long for larger ones, which it puts into huge pages
+WRITE_CHUNK = 2**17  # as `cp` does; larger ones can take Linux several times as long
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 

@@ -69,7 +69,6 @@ def test_recipe_as_yaml(tmp_path):
         ({"verify": True}, "verify"),
         ({"layers": []}, "at least one layer"),
         ({"layers": [1, 1]}, "each once"),
-        ({"layers": "1,0-2"}, r"names \[1\] more often"),
         ({"router_logit_std": -1.0}, "finite number and not negative"),
         ({"router_logit_std": float("nan")}, "finite number"),
         ({"router_aux_loss_coef": -0.1}, "finite number"),
@@ -81,6 +80,15 @@ def test_recipe_as_yaml(tmp_path):
 def test_bad_recipes_are_refused(values, message):
     with pytest.raises(StrictDataclassError, match=message):
         UpcycleConfig(**values)
+
+
+def test_layers_named_twice_are_refused_in_the_model_where_they_are_the_same():
+    config = dense_config("llama")
+    assert plan_upcycle(config, UpcycleConfig(layers="0,-1:")).sparse_layers == [0, 2]
+    with pytest.raises(UpcycleError, match=r"'1,0-2' names \[1\] more often"):
+        plan_upcycle(config, UpcycleConfig(layers="1,0-2"))
+    with pytest.raises(UpcycleError, match=r"'2,-1:' names \[2\] more often"):
+        plan_upcycle(config, UpcycleConfig(layers="2,-1:"))
 
 
 def test_layers_outside_the_model_are_refused():
