@@ -202,7 +202,7 @@ def insert_expert(
     """
     if replace and position is None:
         raise UpcycleError("`replace` needs the `position` of the expert that goes.")
-    output = OutputFolder(output_dir, [source], overwrite)
+    output = OutputFolder(output_dir, [source, file], overwrite)
     added = ExpertFile(file)
     moe = MoeCheckpoint(source, revision)
     _check_fits(moe, added)

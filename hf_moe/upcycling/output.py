@@ -31,7 +31,7 @@ class OutputFolder:
 
     Args:
         output_dir (`str` or `Path`): The folder to write.
-        sources (`Sequence[str | Path]`): What the result is made from; none of it may lie in the folder.
+        sources (`Sequence[str | Path]`): What the result is made from, folders and files; none of it may lie in the folder.
         overwrite (`bool`): Whether what is there is replaced, once the result is complete.
 
     Raises:
@@ -49,7 +49,7 @@ class OutputFolder:
     def _check(self, sources: Sequence[str | Path]) -> None:
         for folder in (self.path, self.incomplete):
             for source in sources:
-                if Path(source).is_dir() and Path(source).resolve().is_relative_to(folder):
+                if Path(source).exists() and Path(source).resolve().is_relative_to(folder):
                     raise UpcycleError(
                         f"{folder}, which would be written, holds the source {source}. Choose another output folder."
                     )

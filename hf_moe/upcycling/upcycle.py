@@ -92,7 +92,7 @@ def upcycle(
     # All that can be refused is refused before anything large is downloaded, read or written.
     plan_upcycle(source, recipe, revision=revision)
     sources = [source, *(parse_expert(entry)[0] for entry in recipe.experts or [] if entry != BASE)]
-    output = OutputFolder(output_dir, sources, overwrite)
+    output = OutputFolder(output_dir, [*sources, *recipe.calibration_files], overwrite)
     checkpoint = Checkpoint(source, revision)
     base = open_parent(BASE, checkpoint)
     checkpoint.config.dtype = checkpoint.main_dtype()

@@ -410,6 +410,17 @@ def test_text_that_only_the_proof_reads_is_checked_as_early(text, message, dense
     assert not list(tmp_path.glob("moe*"))
 
 
+def test_text_in_the_folder_to_be_replaced_is_safe(dense_folder, tmp_path):
+    upcycle(dense_folder, tmp_path / "moe", UpcycleConfig(num_experts=4, verify="none"))
+    text = tmp_path / "moe" / "notes.txt"
+    text.write_text("text " * 100)
+    with pytest.raises(UpcycleError, match="holds the source .*notes.txt"):
+        upcycle(
+            dense_folder, tmp_path / "moe", UpcycleConfig(num_experts=4, calibration_text=str(text)), overwrite=True
+        )
+    assert text.exists()
+
+
 def test_text_without_a_tokenizer_or_for_images_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text("text " * 100)
     recipe = UpcycleConfig(num_experts=4, calibration_text=str(tmp_path / "text.txt"))
