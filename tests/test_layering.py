@@ -18,11 +18,12 @@ MAY_IMPORT = {
     "upcycling": {"models", "training", "hub", "version"},
     "editing": {"upcycling", "models", "training", "hub", "version"},
     "training": {"models"},
+    "adapters": {"models", "training"},
     "hub": {"training"},
     "plots": {"training"},
     "registration": {"models"},
     "version": set(),
-    "cli": {"upcycling", "editing", "training", "hub", "plots", "models"},
+    "cli": {"adapters", "upcycling", "editing", "training", "hub", "plots", "models"},
     "__init__": {"registration", "version"},
 }
 

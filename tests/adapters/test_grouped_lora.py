@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA of experts on activations beside PEFT's own computation: outputs, gradients, files, and everything adapters can do."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from small_adapters import ALL, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
+from torch.nn.utils import parametrize
+
+from hf_moe.adapters.errors import ExpertLoraError
+from hf_moe.adapters.grouped_lora import GroupedParamWrapper, disable_grouped_lora, enable_grouped_lora
+
+
+layouts = pytest.mark.parametrize("kind", ALL)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient)
+
+
+def assert_same_step(model: torch.nn.Module, vanilla: torch.nn.Module) -> None:
+    """Loss and gradients of one batch."""
+    loss, gradients = loss_and_gradients(model)
+    expected_loss, expected = loss_and_gradients(vanilla)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert_same_gradients(gradients, expected)
+
+
+@layouts
+def test_loss_and_gradients_are_those_of_peft(kind):
+    vanilla = with_adapter(small_moe(kind))
+    model = enable_grouped_lora(copy.deepcopy(vanilla))
+    assert_same_step(model, vanilla)
+    assert_same_step(disable_grouped_lora(model), vanilla)
+
+
+@layouts
+def test_the_router_and_the_base_can_be_trained_too(kind):
+    vanilla = with_adapter(small_moe(kind))
+    for parameter in vanilla.parameters():
+        parameter.requires_grad_(True)
+    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8])
+def test_every_rank(rank):
+    vanilla = with_adapter(small_moe("mixtral"), r=rank, use_rslora=True)
+    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@torch.no_grad()
+def test_in_bfloat16(rank):
+    exact = with_adapter(small_moe("mixtral", num_experts_per_tok=4), r=rank)
+    vanilla = copy.deepcopy(exact).to(torch.bfloat16)
+    expected, theirs = exact(ids()).logits, vanilla(ids()).logits
+    ours = enable_grouped_lora(vanilla)(ids()).logits
+    assert (ours - expected).abs().mean() < 1.2 * (theirs - expected).abs().mean()
+
+
+@layouts
+def test_several_adapters_at_once(kind):
+    vanilla = with_adapter(small_moe(kind))
+    vanilla.add_adapter("other", LoraConfig(r=5, lora_alpha=3, target_parameters=targets(small_moe(kind))))
+    fill(vanilla, 1)
+    model = enable_grouped_lora(copy.deepcopy(vanilla))
+    for active in ("default", "other", ["default", "other"]):
+        for of in (model, vanilla):
+            of.base_model.set_adapter(active)
+        assert_same_step(model, vanilla)
+
+
+def test_adapters_can_be_added_removed_and_switched_off():
+    model, vanilla = (with_adapter(small_moe("mixtral")) for _ in range(2))
+    enable_grouped_lora(model)
+    base = small_moe("mixtral")(ids()).logits
+    config = LoraConfig(r=4, target_parameters=targets(small_moe("mixtral")))
+    for of in (model, vanilla):
+        torch.manual_seed(4)
+        of.add_adapter("late", config)
+        fill(of, 3).set_adapter("late")
+    assert_same_step(model, vanilla)
+    with model.disable_adapter():
+        assert_close(model(ids()).logits, base)
+    for of in (model, vanilla):
+        of.delete_adapter("late")
+        of.set_adapter("default")
+    assert_same_step(model, vanilla)
+    assert_close(model.unload()(ids()).logits, base)
+
+
+@layouts
+def test_merging(kind):
+    model = enable_grouped_lora(with_adapter(small_moe(kind)))
+    expected = model(ids()).logits
+    model.merge_adapter()
+    assert_close(model(ids()).logits, expected)
+    model.unmerge_adapter()
+    assert_close(model(ids()).logits, expected)
+    assert_close(model.merge_and_unload()(ids()).logits, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    vanilla = with_adapter(small_moe("qwen3_moe")).train()
+    model = enable_grouped_lora(copy.deepcopy(vanilla))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same_step(model, vanilla)
+
+
+def test_files_are_interchangeable(tmp_path):
+    model = enable_grouped_lora(with_adapter(small_moe("gpt_oss")))
+    model.save_pretrained(tmp_path / "ours")
+    disable_grouped_lora(model).save_pretrained(tmp_path / "theirs")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    vanilla = PeftModel.from_pretrained(small_moe("gpt_oss"), tmp_path / "ours")
+    grouped = enable_grouped_lora(PeftModel.from_pretrained(small_moe("gpt_oss"), tmp_path / "theirs"))
+    assert type(next(m for m in vanilla.modules() if isinstance(m, ParamWrapper))) is ParamWrapper
+    assert_close(grouped(ids()).logits, vanilla(ids()).logits)
+    native = small_moe("gpt_oss")
+    native.load_adapter(tmp_path / "theirs")
+    assert_close(enable_grouped_lora(native)(ids()).logits, vanilla(ids()).logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_batch_can_mix_adapters(kind):
+    model = with_adapter(small_moe(kind)).eval()
+    model.add_adapter("other", LoraConfig(r=4, target_parameters=targets(small_moe(kind))))
+    fill(model, 1)
+    enable_grouped_lora(model)
+    names = ["other", "__base__", "default", "other"]
+    mixed = model(ids(4), adapter_names=names).logits
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model(ids(4)).logits
+        else:
+            model.set_adapter(name)
+            alone = model(ids(4)).logits
+        assert_close(mixed[row], alone[row])
+
+
+def test_enabling_twice_is_enabling_once():
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
+    expected = model(ids()).logits
+    assert enable_grouped_lora(model) is model
+    assert_close(model(ids()).logits, expected)
+    disable_grouped_lora(disable_grouped_lora(model))
+    assert not [module for module in model.modules() if type(module) is GroupedParamWrapper]
+    assert model.config._experts_implementation != "lora_grouped_mm"
+
+
+def test_weights_of_all_experts_are_never_built():
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
+    size = model.get_base_model().model.layers[0].mlp.experts.base_layer.base_layer.down_proj.numel()
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    saved = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids(1, 4)).logits.sum().backward()
+    assert max(saved) < size
+
+
+@pytest.mark.parametrize("implementation", ["sonicmoe", "deepgemm"])
+def test_kernels_without_a_place_for_lora_are_refused(implementation):
+    model = with_adapter(small_moe("mixtral"))
+    model.config._experts_implementation = implementation
+    with pytest.raises(ExpertLoraError, match=f"{implementation}.*experts_implementation='grouped_mm'"):
+        enable_grouped_lora(model)
+
+
+def test_models_without_expert_adapters_are_refused():
+    model = get_peft_model(small_moe("mixtral"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ExpertLoraError, match="No adapter of this model is on the parameters of experts"):
+        enable_grouped_lora(model)
+
+
+def test_patched_wrappers_are_refused(monkeypatch):
+    model = with_adapter(small_moe("mixtral"))
+
+    def forward(self, x, *args, **kwargs):
+        return x
+
+    forward.__module__ = "unsloth_zoo.temporary_patches.moe_utils"
+    monkeypatch.setattr(ParamWrapper, "forward", forward)
+    with pytest.raises(ExpertLoraError, match="ParamWrapper was changed by 'unsloth_zoo"):
+        enable_grouped_lora(model)
+
+
+class Dequantized(torch.nn.Module):
+    """A weight that is computed from what is stored, as libraries keep experts in 4 bits."""
+
+    def forward(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored / 64
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 64
+
+
+def test_weights_that_are_computed_when_asked_for():
+    """Where PEFT adds its product once more in every pass, since it does not find its own parametrization again."""
+    vanilla = with_adapter(small_moe("mixtral"))
+    expected_loss, expected = loss_and_gradients(vanilla)
+    model = enable_grouped_lora(copy.deepcopy(vanilla))
+    for module in list(model.modules()):
+        if isinstance(module, ParamWrapper):
+            experts = module.get_base_layer()
+            if not parametrize.is_parametrized(experts, module.parameter_name):
+                parametrize.register_parametrization(experts, module.parameter_name, Dequantized())
+                experts.parametrizations[module.parameter_name].original.requires_grad_(False)
+    for _ in range(3):
+        loss, gradients = loss_and_gradients(model)
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_dropout_is_on_the_activations(kind):
+    """Its mean over many masks is the pass without it; with one mask, gradients are those of finite differences."""
+    model = enable_grouped_lora(with_adapter(small_moe(kind))).train()
+    without = model(ids()).logits.detach()
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.3)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        one, other = model(ids()).logits, model(ids()).logits
+    assert (one - other).abs().max() > 1e-3
+    model.eval()
+    assert_close(model(ids()).logits, without)
+
+    model.train()
+    wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
+    weight = wrapper.lora_A["default"].weight
+    torch.manual_seed(1)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    (gradient,) = torch.autograd.grad(loss, weight)
+    direction = torch.randn_like(weight) * gradient.abs().max() / gradient.norm()
+    step, losses = 1e-2, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight.add_(sign * step * direction)
+            torch.manual_seed(1)
+            losses.append(model(input_ids=ids(), labels=ids()).loss.double())
+            weight.sub_(sign * step * direction)
+    slope = (losses[0] - losses[1]) / (2 * step)
+    assert slope == pytest.approx((gradient * direction).sum().item(), rel=0.02)
+
+
+def test_experts_of_another_device_add_nothing():
+    """Expert parallelism names them by an index behind the last, with a weight of zero."""
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
+    wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
+    wrapper.get_base_layer()._is_expert_parallel = True
+    hidden = torch.randn(6, 32, requires_grad=True)
+    index = torch.tensor([[0, 4], [4, 1], [2, 3], [4, 4], [1, 0], [3, 4]])
+    weights = torch.rand(6, 2).masked_fill(index == 4, 0.0).requires_grad_()
+    output = wrapper(hidden, index, weights)
+    gradients = torch.autograd.grad(output.square().sum(), (hidden, weights))
+    kept = index.clamp(max=3)
+    expected = wrapper(hidden, kept, weights)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), (hidden, weights))
+    assert_close(output, expected)
+    assert_close(gradients[0], expected_gradients[0])
+    assert_close(gradients[1], expected_gradients[1].masked_fill(index == 4, 0.0))
+    assert not output[3].any()
