@@ -29,6 +29,9 @@ _LAZY = {
     "insert_expert": "editing.expert_file",
     "merge_experts": "editing.merge",
     "prune_experts": "editing.prune",
+    "ExpertLoraConfig": "adapters.config",
+    "disable_grouped_lora": "adapters.grouped_lora",
+    "enable_grouped_lora": "adapters.grouped_lora",
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
 }

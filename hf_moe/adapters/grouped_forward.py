@@ -34,17 +34,19 @@ class Routing:
 
     Args:
         order_S (`torch.Tensor`): Where a pair stood among the T * K.
+        place_TK (`torch.Tensor`): The reverse: where it stands now.
+        token_S (`torch.Tensor`): Its token.
         expert_S (`torch.Tensor`): Its expert.
         offsets_E (`torch.Tensor`): Where the pairs of an expert end.
         elsewhere_S (`torch.Tensor`, *optional*): With expert parallelism, which pairs belong to experts of another device.
-        top_k (`int`): K.
     """
 
     order_S: torch.Tensor
+    place_TK: torch.Tensor
+    token_S: torch.Tensor
     expert_S: torch.Tensor
     offsets_E: torch.Tensor
     elsewhere_S: torch.Tensor | None
-    top_k: int
 
     @classmethod
     def of(cls, experts: nn.Module, top_k_index_TK: torch.Tensor) -> "Routing":
@@ -56,17 +58,24 @@ class Routing:
         if experts._is_expert_parallel:
             elsewhere_S = expert_S >= num_experts
             expert_S = expert_S.clamp(max=num_experts - 1)
-        return cls(order_S, expert_S, offsets_E, elsewhere_S, top_k_index_TK.shape[-1])
+        place_TK = torch.empty_like(order_S)
+        place_TK[order_S] = torch.arange(len(order_S), device=order_S.device)
+        token_S = order_S // top_k_index_TK.shape[1]
+        return cls(order_S, place_TK.view_as(top_k_index_TK), token_S, expert_S, offsets_E, elsewhere_S)
 
-    @property
-    def token_S(self) -> torch.Tensor:
-        return self.order_S // self.top_k
+    def to_experts(self, values_TH: torch.Tensor) -> torch.Tensor:
+        """The rows of the tokens, for every pair `(S, H)`."""
+        return values_TH.index_select(0, self.token_S)
 
-    def sum_over_experts(self, values_SH: torch.Tensor) -> torch.Tensor:
-        """The sum of what the experts of a token give `(T, H)`."""
-        unsorted_SH = torch.empty_like(values_SH)
-        unsorted_SH[self.order_S] = values_SH
-        return unsorted_SH.unflatten(0, (-1, self.top_k)).sum(dim=1)
+    def weights(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        """The weights of the pairs as a column `(S, 1)`."""
+        return weights_TK.reshape(-1, 1).index_select(0, self.order_S)
+
+    def sum_over_experts(self, values_SH: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of what the experts of a token give `(T, H)`, weighted or not."""
+        if weights_TK is not None and weights_TK.dtype != values_SH.dtype:
+            values_SH, weights_TK = values_SH * self.weights(weights_TK), None
+        return nn.functional.embedding_bag(self.place_TK, values_SH, mode="sum", per_sample_weights=weights_TK)
 
     def without_elsewhere(self, values_SX: torch.Tensor) -> torch.Tensor:
         """Zeros for the pairs of other devices, whose rows grouped products leave as they were in memory."""
@@ -117,17 +126,19 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, hidden_TH, weights_TK, up, up_bias, down, down_bias, *trained):
         experts, routing = call.experts, call.routing
-        input_SH = routing.without_elsewhere(hidden_TH[routing.token_S].to(up.dtype))
+        input_SH = routing.without_elsewhere(routing.to_experts(hidden_TH.to(up.dtype)))
         first_SF = call.linear(input_SH, up, up_bias)
         inner_up = None if call.up is None else call.up.add_to(first_SF, input_SH, routing.offsets_E)
+        del input_SH  # its memory serves for what comes
         first_SF = routing.without_elsewhere(first_SF)
         middle_SI = call.gate(first_SF)
         second_SH = call.linear(middle_SI, down, down_bias)
         inner_down = None if call.down is None else call.down.add_to(second_SH, middle_SI, routing.offsets_E)
         second_SH = routing.without_elsewhere(second_SH)
         normed_SH = experts.post_expert_norm(second_SH) if experts.has_post_expert_norm else second_SH
-        weights_S = weights_TK.reshape(-1)[routing.order_S]
-        output_TH = routing.sum_over_experts(normed_SH * weights_S[:, None]).to(hidden_TH.dtype)
+        output_TH = routing.sum_over_experts(normed_SH, weights_TK).to(hidden_TH.dtype)
+        if inner_down is not None and not experts.has_post_expert_norm:
+            inner_down.mul_(routing.weights(weights_TK).to(inner_down.dtype))  # as the gradient of its factor needs it
 
         ctx.call = call
         ctx.save_for_backward(
@@ -153,13 +164,13 @@ class _Experts(torch.autograd.Function):
         up = getattr(experts, call.first_name) if up is None else up
         down = experts.down_proj if down is None else down
         needs = dict(zip(INPUTS, ctx.needs_input_grad[1:], strict=False))
-        weights_S = weights_TK.reshape(-1)[routing.order_S]
+        weights_S1 = routing.weights(weights_TK)
         others = [parameter for parameter in call.others if parameter.requires_grad]
 
         # Through the weights of the experts: the gradient of what they are multiplied with is not scaled by them yet where
         # that saves a copy as large as the output.
-        gradient_SH = gradient_TH[routing.token_S]
-        scale_S = weights_S.to(down.dtype)
+        gradient_SH = routing.to_experts(gradient_TH)
+        scale_S1: torch.Tensor | None = weights_S1.to(down.dtype)
         gradient_of_weights_S = None
         gradients_of_others: list[torch.Tensor | None] = [None] * len(others)
         if second_SH is not None:
@@ -167,11 +178,9 @@ class _Experts(torch.autograd.Function):
                 second_SH = second_SH.detach().requires_grad_()
                 normed_SH = experts.post_expert_norm(second_SH)
             gradient_of_weights_S = (gradient_SH * normed_SH.detach()).float().sum(dim=-1)
-            found = torch.autograd.grad(
-                normed_SH, [second_SH, *others], gradient_SH * weights_S[:, None], allow_unused=True
-            )
+            found = torch.autograd.grad(normed_SH, [second_SH, *others], gradient_SH * weights_S1, allow_unused=True)
             gradient_SH, gradients_of_others = found[0], list(found[1:])
-            scale_S = None
+            scale_S1 = None
         gradient_SH = routing.without_elsewhere(gradient_SH.to(down.dtype))
 
         # Through the second projection.
@@ -183,6 +192,7 @@ class _Experts(torch.autograd.Function):
         gradient_inner = None
         if call.down is not None:
             gradient_inner = call.down.add_gradient_to(gradient_SI, gradient_SH, offsets_E)
+        gradient_SI = routing.without_elsewhere(gradient_SI)
         if gradient_of_weights_S is None and needs["weights"]:
             # <gradient, W x> = <W' gradient, x>, so that the output need not be kept.
             gradient_of_weights_S = (gradient_SI * middle_SI).sum(dim=-1, dtype=torch.float32)
@@ -191,17 +201,16 @@ class _Experts(torch.autograd.Function):
         results: dict[str, torch.Tensor | None] = {}
         down_factors: list[torch.Tensor] = []
         if call.down is not None:
-            inner, outer = inner_down, gradient_inner
-            if scale_S is not None:
-                inner, outer = inner * scale_S[:, None], outer * scale_S[:, None]
-            down_factors = call.down.factor_gradients(middle_SI, inner, gradient_SH, outer, offsets_E)
-        if scale_S is not None:
-            gradient_SI *= scale_S[:, None]
+            if scale_S1 is not None:
+                gradient_inner *= scale_S1
+            down_factors = call.down.factor_gradients(middle_SI, inner_down, gradient_SH, gradient_inner, offsets_E)
+        if scale_S1 is not None:
+            gradient_SI *= scale_S1
         if needs["down"] or needs["down_bias"]:
-            scaled_SH = gradient_SH if scale_S is None else gradient_SH * scale_S[:, None]
+            scaled_SH = gradient_SH if scale_S1 is None else gradient_SH.mul_(scale_S1)
             results["down"] = call.gradient_of_weight(middle_SI, scaled_SH) if needs["down"] else None
             results["down_bias"] = call.gradient_of_bias(scaled_SH) if needs["down_bias"] else None
-        gradient_SI = routing.without_elsewhere(gradient_SI)
+        del gradient_SH  # its memory serves for what comes
 
         # Through the gate and the first projection.
         found = torch.autograd.grad(middle, [first_SF, *others], gradient_SI, allow_unused=True)
@@ -213,7 +222,7 @@ class _Experts(torch.autograd.Function):
             gradient_inner = call.up.add_gradient_to(gradient_in_SH, gradient_SF, offsets_E)
         up_factors: list[torch.Tensor] = []
         if call.up is not None or needs["up"]:
-            input_SH = routing.without_elsewhere(hidden_TH[routing.token_S].to(up.dtype))
+            input_SH = routing.without_elsewhere(routing.to_experts(hidden_TH.to(up.dtype)))
             if call.up is not None:
                 up_factors = call.up.factor_gradients(input_SH, inner_up, gradient_SF, gradient_inner, offsets_E)
             if needs["up"]:
@@ -226,9 +235,7 @@ class _Experts(torch.autograd.Function):
             gradient_in_SH = routing.without_elsewhere(gradient_in_SH)
             results["hidden"] = routing.sum_over_experts(gradient_in_SH).to(hidden_TH.dtype)
         if gradient_of_weights_S is not None:
-            of_weights = torch.zeros_like(weights_TK).view(-1)
-            of_weights[routing.order_S] = gradient_of_weights_S.to(weights_TK.dtype)
-            results["weights"] = of_weights.view_as(weights_TK)
+            results["weights"] = gradient_of_weights_S[routing.place_TK].to(weights_TK.dtype)
         trained = iter(gradients_of_others)
         of_others = [next(trained) if parameter.requires_grad else None for parameter in call.others]
         return None, *(results.get(name) for name in INPUTS), *of_others, *up_factors, *down_factors
@@ -276,9 +283,7 @@ def lora_experts_forward(
         for adapter in side.adapters
         for factor in (adapter.lora_a, adapter.lora_b)
     ]
-    return _Experts.apply(
-        call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors
-    )
+    return _Experts.apply(call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lora_experts_forward)

@@ -9,6 +9,7 @@ from huggingface_hub.cli import out
 from huggingface_hub.errors import StrictDataclassError
 
 from .bench import bench
+from .bench_lora import lora
 from .edit import collapse, expand, extract, insert, merge, prune
 from .inspect import inspect
 from .upcycle import plan, upcycle
@@ -51,6 +52,10 @@ app.command(epilog=_epilog("hf-moe merge ./moe-16 ./moe-8 --num-experts 8 --top-
 app.command(epilog=_epilog("hf-moe collapse ./moe ./dense", "hf-moe collapse ./moe ./dense --expert 3"))(collapse)
 app.command(epilog=_epilog("hf-moe extract ./moe expert.safetensors --expert 3"))(extract)
 app.command(epilog=_epilog("hf-moe insert ./moe expert.safetensors ./moe-9"))(insert)
+bench.command(
+    "lora",
+    epilog=_epilog("hf-moe bench lora", "hf-moe bench lora --shape qwen3-30b-a3b --scale 1 --tokens 512 --runs 7"),
+)(lora)
 app.add_group(bench, name="bench")
 
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`find_experts`: the layers of experts of any model in transformers, what they are called and what they are made of."""
+
+from torch import nn
+
+from .errors import ExpertLoraError
+
+
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the class has `@use_experts_implementation`, so that its forward pass can be exchanged."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "is_transposed")
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    The layers of experts by name, whether or not PEFT has wrapped them.
+
+    Raises:
+        ExpertLoraError: if there is none whose activations can be reached.
+    """
+    found = {plain_name(name): module for name, module in model.named_modules() if is_experts(module)}
+    if found:
+        for name, experts in found.items():
+            _check_weights(name, experts)
+        return found
+    others = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Experts")}
+    if others:
+        raise ExpertLoraError(
+            f"{type(model).__name__} has experts of the class {', '.join(sorted(others))}, which is not written for "
+            "transformers' `experts_implementation`: nothing can be put between its projections. Quantized experts can often "
+            "be loaded dequantized (`dequantize=True` in the quantization's configuration); otherwise use PEFT's LoraConfig."
+        )
+    raise ExpertLoraError(
+        f"{type(model).__name__} has no layer of experts. Is it a mixture of experts of transformers?"
+    )
+
+
+def projections(experts: nn.Module) -> list[str]:
+    """The names of the weights of the experts, in the order of the forward pass."""
+    return [name for name in PROJECTIONS if hasattr(experts, name)]
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without the layers that PEFT has put around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def layer_index(name: str) -> int | None:
+    """The number of the layer that a module or parameter belongs to, if its name says it."""
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    return int(numbers[-1]) if numbers else None
+
+
+def name_in_layer(name: str) -> str:
+    """The part of a name that is the same in all layers: `mlp.experts` of `model.layers.3.mlp.experts`."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
+
+
+def _check_weights(name: str, experts: nn.Module) -> None:
+    for projection in projections(experts):
+        weight = getattr(experts, projection)
+        if weight.dim() != 3 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise ExpertLoraError(
+                f"{name}.{projection} is of type {weight.dtype} and shape {tuple(weight.shape)}. Expert LoRA needs one matrix "
+                "per expert in at least 16 bits, or weights that a parametrization unpacks to these (as bitsandbytes does "
+                "with 4 bits). Load the model in bfloat16, or with `dequantize=True` in the quantization's configuration."
+            )
