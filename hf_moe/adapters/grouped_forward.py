@@ -141,6 +141,7 @@ class _Experts(torch.autograd.Function):
             None if parametrize.is_parametrized(experts, call.first_name) else up,
             None if parametrize.is_parametrized(experts, "down_proj") else down,
             down_bias,
+            *trained,  # only so that backward fails if they were written to in between
         )
         return output_TH
 
@@ -149,7 +150,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, gradient_TH):
         call = ctx.call
         experts, routing, offsets_E = call.experts, call.routing, call.routing.offsets_E
-        hidden_TH, weights_TK, first_SF, inner_up, inner_down, second_SH, up, down, down_bias = ctx.saved_tensors
+        hidden_TH, weights_TK, first_SF, inner_up, inner_down, second_SH, up, down, down_bias, *_ = ctx.saved_tensors
         up = getattr(experts, call.first_name) if up is None else up
         down = experts.down_proj if down is None else down
         needs = dict(zip(INPUTS, ctx.needs_input_grad[1:], strict=False))
@@ -276,9 +277,7 @@ def lora_experts_forward(
         for adapter in side.adapters
         for factor in (adapter.lora_a, adapter.lora_b)
     ]
-    return _Experts.apply(
-        call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors
-    )
+    return _Experts.apply(call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lora_experts_forward)

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import ExpertLoraError
 from .grouped_forward import ACTIVE, IMPLEMENTATION, Routing
-from .low_rank import Adapter, FactorCache, LowRank
+from .low_rank import Adapter, LowRank
 
 
 FUSED_IMPLEMENTATIONS = ("sonicmoe", "deepgemm")
@@ -32,13 +32,11 @@ class ActiveAdapters:
 
     Args:
         adapters (`list[Adapter]`): Those that are active.
-        cache (`FactorCache`): Where their layout is kept.
         names (`Sequence[str]`, *optional*): Per sequence of the batch, the adapter that it uses, where they differ.
         num_tokens (`int`): Number of tokens in the batch.
     """
 
     adapters: list[Adapter]
-    cache: FactorCache
     names: Sequence[str] | None
     num_tokens: int
 
@@ -48,7 +46,7 @@ class ActiveAdapters:
             device = routing.order_S.device
             uses_BA = torch.tensor([[name == of.name for of in self.adapters] for name in self.names], device=device)
             uses_SA = uses_BA.repeat_interleave(self.num_tokens // len(self.names), dim=0)[routing.token_S]
-        return LowRank(self.adapters, self.cache, dtype, uses_SA)
+        return LowRank(self.adapters, dtype, uses_SA)
 
 
 class GroupedParamWrapper(ParamWrapper):
@@ -62,8 +60,7 @@ class GroupedParamWrapper(ParamWrapper):
             yield
             return
         active = experts.__dict__.setdefault(ACTIVE, {})
-        cache = self.__dict__.setdefault("_factor_cache", FactorCache())
-        active[self.parameter_name] = ActiveAdapters(adapters, cache, names, num_tokens)
+        active[self.parameter_name] = ActiveAdapters(adapters, names, num_tokens)
         try:
             yield
         finally:
@@ -135,7 +132,6 @@ def disable_grouped_lora(model: nn.Module) -> nn.Module:
         config = wrapper.get_base_layer().config
         if "_hf_moe_replaced_implementation" in config.__dict__:
             config._experts_implementation = config.__dict__.pop("_hf_moe_replaced_implementation")
-        wrapper.__dict__.pop("_factor_cache", None)
         wrapper.__class__ = ParamWrapper
     return model
 
@@ -155,7 +151,10 @@ def _check(name: str, wrapper: ParamWrapper) -> None:
             f"The experts implementation {implementation!r} computes both projections in one kernel, between which LoRA has no "
             "place. Load the model with `experts_implementation='grouped_mm'`."
         )
-    for function, of in ((ParamWrapper.forward, "PEFT's ParamWrapper"), (type(experts).forward, type(experts).__name__)):
+    for function, of in (
+        (ParamWrapper.forward, "PEFT's ParamWrapper"),
+        (type(experts).forward, type(experts).__name__),
+    ):
         module = getattr(function, "__module__", "")
         if not module.startswith(("peft.", "transformers", "hf_moe")):
             raise ExpertLoraError(

@@ -58,28 +58,9 @@ class Adapter:
         return self.lora_a.shape[0] // self.num_experts
 
 
-class FactorCache:
-    """The layout that was built last, kept for as long as the factors stay what they were."""
-
-    def __init__(self):
-        self.key: tuple = ()
-        self.layout: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def get(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`a_ERI` and `b_EOR` in `dtype`, the scaling multiplied into the latter, R filled up with zeros."""
-        key = (dtype, *(part for adapter in adapters for part in _state(adapter)))
-        if self.layout is None or key != self.key:
-            self.key, self.layout = key, _lay_out(adapters, dtype)
-        return self.layout
-
-
-def _state(adapter: Adapter) -> tuple:
-    factors = (adapter.lora_a, adapter.lora_b)
-    return (adapter.scaling, *((factor.data_ptr(), factor._version) for factor in factors))
-
-
 @torch.no_grad()
 def _lay_out(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`a_ERI` and `b_EOR` in `dtype`, the scaling multiplied into the latter, R filled up with zeros."""
     num_experts, step = adapters[0].num_experts, ROW_BYTES // dtype.itemsize
     total = sum(adapter.rank for adapter in adapters)
     padding = -total % step
@@ -99,20 +80,21 @@ def _lay_out(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Ten
 
 class LowRank:
     """
-    The adapters of one projection in one forward pass.
+    The adapters of one projection in one forward pass and its backward pass.
+
+    The layout of their factors is not kept for the next pass, since nothing tells whether they are the same by then: neither
+    address nor version of a parameter changes when FSDP2 gathers it anew, or when an optimizer or PEFT's `hotswap_adapter`
+    writes to its `data`.
 
     Args:
         adapters (`Sequence[Adapter]`): Those that are active, all with the same dropout.
-        cache (`FactorCache`): Where the layout is kept.
         dtype (`torch.dtype`): Type of the activations.
         uses_SA (`torch.Tensor`, *optional*): Whether a pair uses an adapter, where a batch mixes them. All do if None.
     """
 
-    def __init__(
-        self, adapters: Sequence[Adapter], cache: FactorCache, dtype: torch.dtype, uses_SA: torch.Tensor | None = None
-    ):
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, uses_SA: torch.Tensor | None = None):
         self.adapters = adapters
-        self.a_ERI, self.b_EOR = cache.get(adapters, dtype)
+        self.a_ERI, self.b_EOR = _lay_out(adapters, dtype)
         self.dropout = adapters[0].dropout
         self.seed = int(torch.randint(2**62, ())) if self.dropout else 0
         self.uses_SR = None
