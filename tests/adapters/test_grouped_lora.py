@@ -158,6 +158,13 @@ def test_enabling_twice_is_enabling_once():
     assert model.config._experts_implementation != "lora_grouped_mm"
 
 
+def test_the_configuration_is_saved_as_it_was():
+    model = with_adapter(small_moe("mixtral"))
+    expected = model.config.to_dict()
+    assert enable_grouped_lora(model).config.to_dict() == expected
+    assert disable_grouped_lora(model).config.to_dict() == expected
+
+
 def test_weights_of_all_experts_are_never_built():
     model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
     size = model.get_base_model().model.layers[0].mlp.experts.base_layer.base_layer.down_proj.numel()
@@ -179,6 +186,15 @@ def test_kernels_without_a_place_for_lora_are_refused(implementation):
     model = with_adapter(small_moe("mixtral"))
     model.config._experts_implementation = implementation
     with pytest.raises(ExpertLoraError, match=f"{implementation}.*experts_implementation='grouped_mm'"):
+        enable_grouped_lora(model)
+
+
+def test_models_that_are_split_by_expert_are_refused():
+    model = with_adapter(small_moe("mixtral"))
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module.get_base_layer().num_experts = 2
+    with pytest.raises(ExpertLoraError, match="4 experts, of which this process holds 2 .* without `ep_size`"):
         enable_grouped_lora(model)
 
 
