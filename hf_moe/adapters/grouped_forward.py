@@ -261,6 +261,17 @@ def lora_experts_forward(
     active = self.__dict__.get(ACTIVE)
     if not active:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return _forward_with_adapters(self, active, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable(reason="expert LoRA brings its own backward pass, which cannot be traced")
+def _forward_with_adapters(
+    self: nn.Module,
+    active: dict[str, Any],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
     first_name = "gate_up_proj" if self.has_gate else "up_proj"
     up, down = getattr(self, first_name), self.down_proj
     up_bias = getattr(self, f"{first_name}_bias") if self.has_bias else None
