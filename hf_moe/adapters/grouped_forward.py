@@ -93,6 +93,11 @@ class Call:
     others: Sequence[nn.Parameter]
     first_name: str
 
+    @property
+    def factors(self) -> list[torch.Tensor]:
+        """Those of the first projection, then those of the second."""
+        return [factor for side in (self.up, self.down) if side is not None for factor in side.factors]
+
     def gate(self, values_SF: torch.Tensor) -> torch.Tensor:
         """What the second projection gets `(S, I)`."""
         experts: Any = self.experts
@@ -128,12 +133,16 @@ class _Experts(torch.autograd.Function):
         experts, routing = call.experts, call.routing
         input_SH = routing.without_elsewhere(routing.to_experts(hidden_TH.to(up.dtype)))
         first_SF = call.linear(input_SH, up, up_bias)
-        inner_up = None if call.up is None else call.up.add_to(first_SF, input_SH, routing.offsets_E)
+        inner_up = up_b_EOR = None
+        if call.up is not None:
+            inner_up, up_b_EOR = call.up.add_to(first_SF, input_SH, routing.expert_S, routing.offsets_E)
         del input_SH  # its memory serves for what comes
         first_SF = routing.without_elsewhere(first_SF)
         middle_SI = call.gate(first_SF)
         second_SH = call.linear(middle_SI, down, down_bias)
-        inner_down = None if call.down is None else call.down.add_to(second_SH, middle_SI, routing.offsets_E)
+        inner_down = down_b_EOR = None
+        if call.down is not None:
+            inner_down, down_b_EOR = call.down.add_to(second_SH, middle_SI, routing.expert_S, routing.offsets_E)
         second_SH = routing.without_elsewhere(second_SH)
         normed_SH = experts.post_expert_norm(second_SH) if experts.has_post_expert_norm else second_SH
         output_TH = routing.sum_over_experts(normed_SH, weights_TK).to(hidden_TH.dtype)
@@ -146,12 +155,15 @@ class _Experts(torch.autograd.Function):
             weights_TK,
             first_SF,
             inner_up,
+            up_b_EOR,
             inner_down,
+            down_b_EOR,
             second_SH if experts.has_post_expert_norm else None,
             # A weight that is computed when it is asked for (4 bits in memory) is asked for again instead of kept.
             None if parametrize.is_parametrized(experts, call.first_name) else up,
             None if parametrize.is_parametrized(experts, "down_proj") else down,
             down_bias,
+            *call.factors,
         )
         return output_TH
 
@@ -160,7 +172,10 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, gradient_TH):
         call = ctx.call
         experts, routing, offsets_E = call.experts, call.routing, call.routing.offsets_E
-        hidden_TH, weights_TK, first_SF, inner_up, inner_down, second_SH, up, down, down_bias = ctx.saved_tensors
+        hidden_TH, weights_TK, first_SF, inner_up, up_b_EOR, inner_down, down_b_EOR, *rest = ctx.saved_tensors
+        second_SH, up, down, down_bias, *factors = rest
+        split = len(call.up.factors) if call.up is not None else 0
+        up_factors, down_factors = factors[:split], factors[split:]
         up = getattr(experts, call.first_name) if up is None else up
         down = experts.down_proj if down is None else down
         needs = dict(zip(INPUTS, ctx.needs_input_grad[1:], strict=False))
@@ -191,7 +206,7 @@ class _Experts(torch.autograd.Function):
         gradient_SI = call.gradient_of_input(gradient_SH, down)
         gradient_inner = None
         if call.down is not None:
-            gradient_inner = call.down.add_gradient_to(gradient_SI, gradient_SH, offsets_E)
+            gradient_inner = call.down.add_gradient_to(gradient_SI, gradient_SH, down_factors, down_b_EOR, offsets_E)
         gradient_SI = routing.without_elsewhere(gradient_SI)
         if gradient_of_weights_S is None and needs["weights"]:
             # <gradient, W x> = <W' gradient, x>, so that the output need not be kept.
@@ -199,18 +214,19 @@ class _Experts(torch.autograd.Function):
             if down_bias is not None:
                 gradient_of_weights_S += (gradient_SH * down_bias[routing.expert_S]).sum(dim=-1, dtype=torch.float32)
         results: dict[str, torch.Tensor | None] = {}
-        down_factors: list[torch.Tensor] = []
+        of_down_factors: list[torch.Tensor] = []
         if call.down is not None:
             if scale_S1 is not None:
                 gradient_inner *= scale_S1
-            down_factors = call.down.factor_gradients(middle_SI, inner_down, gradient_SH, gradient_inner, offsets_E)
+            of_down_factors = call.down.factor_gradients(
+                middle_SI, inner_down, gradient_SH, gradient_inner, down_factors, offsets_E
+            )
         if scale_S1 is not None:
             gradient_SI *= scale_S1
         if needs["down"] or needs["down_bias"]:
             scaled_SH = gradient_SH if scale_S1 is None else gradient_SH.mul_(scale_S1)
             results["down"] = call.gradient_of_weight(middle_SI, scaled_SH) if needs["down"] else None
             results["down_bias"] = call.gradient_of_bias(scaled_SH) if needs["down_bias"] else None
-        del gradient_SH  # its memory serves for what comes
 
         # Through the gate and the first projection.
         found = torch.autograd.grad(middle, [first_SF, *others], gradient_SI, allow_unused=True)
@@ -219,12 +235,16 @@ class _Experts(torch.autograd.Function):
         gradient_in_SH = call.gradient_of_input(gradient_SF, up)
         gradient_inner = None
         if call.up is not None:
-            gradient_inner = call.up.add_gradient_to(gradient_in_SH, gradient_SF, offsets_E)
-        up_factors: list[torch.Tensor] = []
+            gradient_inner = call.up.add_gradient_to(gradient_in_SH, gradient_SF, up_factors, up_b_EOR, offsets_E)
+        of_up_factors: list[torch.Tensor] = []
         if call.up is not None or needs["up"]:
-            input_SH = routing.without_elsewhere(routing.to_experts(hidden_TH.to(up.dtype)))
+            # Into the memory of a gradient that has done its work.
+            input_SH = torch.index_select(hidden_TH.to(up.dtype), 0, routing.token_S, out=gradient_SH)
+            input_SH = routing.without_elsewhere(input_SH)
             if call.up is not None:
-                up_factors = call.up.factor_gradients(input_SH, inner_up, gradient_SF, gradient_inner, offsets_E)
+                of_up_factors = call.up.factor_gradients(
+                    input_SH, inner_up, gradient_SF, gradient_inner, up_factors, offsets_E
+                )
             if needs["up"]:
                 results["up"] = call.gradient_of_weight(input_SH, gradient_SF)
         if needs["up_bias"]:
@@ -238,7 +258,7 @@ class _Experts(torch.autograd.Function):
             results["weights"] = gradient_of_weights_S[routing.place_TK].to(weights_TK.dtype)
         trained = iter(gradients_of_others)
         of_others = [next(trained) if parameter.requires_grad else None for parameter in call.others]
-        return None, *(results.get(name) for name in INPUTS), *of_others, *up_factors, *down_factors
+        return None, *(results.get(name) for name in INPUTS), *of_others, *of_up_factors, *of_down_factors
 
 
 INPUTS = ("hidden", "weights", "up", "up_bias", "down", "down_bias")
@@ -267,6 +287,17 @@ def lora_experts_forward(
     active = self.__dict__.get(ACTIVE)
     if not active:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return _forward_with_adapters(self, active, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable(reason="expert LoRA brings its own backward pass, which cannot be traced")
+def _forward_with_adapters(
+    self: nn.Module,
+    active: dict[str, Any],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
     first_name = "gate_up_proj" if self.has_gate else "up_proj"
     up, down = getattr(self, first_name), self.down_proj
     up_bias = getattr(self, f"{first_name}_bias") if self.has_bias else None
@@ -276,14 +307,7 @@ def lora_experts_forward(
     projections = {id(parameter) for parameter in (up, down, up_bias, down_bias)}
     others = [parameter for parameter in self.parameters() if id(parameter) not in projections]
     call = Call(self, routing, low_rank.get(first_name), low_rank.get("down_proj"), others, first_name)
-    factors = [
-        factor
-        for side in (call.up, call.down)
-        if side is not None
-        for adapter in side.adapters
-        for factor in (adapter.lora_a, adapter.lora_b)
-    ]
-    return _Experts.apply(call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors)
+    return _Experts.apply(call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *call.factors)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lora_experts_forward)

@@ -8,7 +8,7 @@ from torch import nn
 
 from .errors import ExpertLoraError
 from .layers import find_experts, is_experts, layer_index
-from .param_wrapper import GroupedParamWrapper, use_implementation
+from .param_wrapper import REPLACED, GroupedParamWrapper, use_implementation
 
 
 FUSED_IMPLEMENTATIONS = ("sonicmoe", "deepgemm")
@@ -20,10 +20,12 @@ def enable_grouped_lora(model: nn.Module) -> nn.Module:
 
     Args:
         model (`torch.nn.Module`): A model with adapters from PEFT (`get_peft_model`, `PeftModel.from_pretrained`) or from
-            transformers (`load_adapter`), or a module around it. It is changed and returned.
+            transformers (`load_adapter`), or a module around it, before or after DDP or FSDP2 (`fully_shard`). It is
+            changed and returned.
 
     Raises:
-        ExpertLoraError: if no adapter is on experts, or if something else has changed how they are computed.
+        ExpertLoraError: if no adapter is on experts, if something else has changed how they are computed, if they are split
+            over processes (expert parallelism), or if an adapter of theirs is an FSDP2 unit by itself already.
 
     Example:
 
@@ -44,23 +46,34 @@ def enable_grouped_lora(model: nn.Module) -> nn.Module:
     for name, wrapper in wrappers:
         _check(name, wrapper)
     for name, wrapper in wrappers:
-        wrapper.__class__ = GroupedParamWrapper
+        if type(wrapper) is ParamWrapper:
+            wrapper.__class__ = GroupedParamWrapper
         wrapper.layer = layer_index(name)
         use_implementation(wrapper.get_base_layer())
     return model
 
 
 def disable_grouped_lora(model: nn.Module) -> nn.Module:
-    """Go back to PEFT's own computation; the model is changed and returned."""
-    for _, wrapper in expert_wrappers(model):
-        config = wrapper.get_base_layer().config
-        if "_hf_moe_replaced_implementation" in config.__dict__:
-            config._experts_implementation = config.__dict__.pop("_hf_moe_replaced_implementation")
+    """
+    Go back to PEFT's own computation.
+
+    Args:
+        model (`torch.nn.Module`): A model that was given to [`enable_grouped_lora`]. It is changed and returned.
+
+    Raises:
+        ExpertLoraError: if PEFT cannot compute its adapters, or if one was sharded by itself since then.
+    """
+    wrappers = list(expert_wrappers(model))
+    for name, wrapper in wrappers:
+        _check_class(name, wrapper)
         if any(isinstance(dropout, nn.Dropout) for dropout in wrapper.lora_dropout.values()):
             raise ExpertLoraError(
-                "PEFT has no dropout for experts. Set `expert_dropout` to 0 to compute their LoRA its way."
+                f"{name} has dropout, which PEFT does not have for experts. Make the adapter with expert_dropout=0."
             )
-        wrapper.__dict__.pop("_factor_cache", None)
+    for _, wrapper in wrappers:
+        experts = wrapper.get_base_layer()
+        if REPLACED in experts.__dict__:
+            experts.config._experts_implementation = experts.__dict__.pop(REPLACED)
         wrapper.__class__ = ParamWrapper
     return model
 
@@ -72,7 +85,17 @@ def expert_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
             yield name, module
 
 
+def _check_class(name: str, wrapper: ParamWrapper) -> None:
+    if type(wrapper) not in (ParamWrapper, GroupedParamWrapper):
+        raise ExpertLoraError(
+            f"{name} has been made a {type(wrapper).__name__}, which cannot be changed any more. Enable or disable grouped LoRA "
+            "before adapters of experts are sharded by themselves."
+        )
+
+
 def _check(name: str, wrapper: ParamWrapper) -> None:
+    if not isinstance(wrapper, GroupedParamWrapper):
+        _check_class(name, wrapper)
     experts = wrapper.get_base_layer()
     implementation = experts.config._experts_implementation
     if implementation in FUSED_IMPLEMENTATIONS:
@@ -92,3 +115,8 @@ def _check(name: str, wrapper: ParamWrapper) -> None:
             )
     if wrapper.get_param().ndim != 3:
         raise ExpertLoraError(f"{name}: the parameter {wrapper.parameter_name!r} is not one matrix per expert.")
+    if wrapper.num_experts != experts.num_experts:
+        raise ExpertLoraError(
+            f"{name}: the adapter has {wrapper.num_experts} experts, of which this process holds {experts.num_experts} (expert "
+            "parallelism). Adapters of experts cannot be split that way. Load the model without `ep_size`; DDP and FSDP2 work."
+        )

@@ -20,10 +20,27 @@ from transformers.integrations.moe import _grouped_mm
 
 ROW_BYTES = 16  # grouped products want rows that start at multiples of this, as those do that they return
 
+FEW = 4  # with fewer rows than a quarter of the experts, these are few
+
 
 def grouped_mm(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """Every row times the matrix of its expert `(S, O)`; rows behind the last offset are left undefined."""
     return _grouped_mm(input_SI, weight_EIO, offsets_E)
+
+
+def add_grouped_mm(
+    output_SO: torch.Tensor, input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor
+) -> None:
+    """Add the same to `output_SO`."""
+    if output_SO.device.type != "cpu":
+        output_SO += grouped_mm(input_SI, weight_EIO, offsets_E)
+        return
+    # Expert by expert no second output is needed, whose memory takes longer to get than the product to compute.
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            output_SO[start:end].addmm_(input_SI[start:end], weight_EIO[expert])
+        start = end
 
 
 def grouped_outer(left_SA: torch.Tensor, right_SB: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -58,74 +75,70 @@ class Adapter:
         return self.lora_a.shape[0] // self.num_experts
 
 
-class FactorCache:
-    """The layout that was built last, kept for as long as the factors stay what they were."""
-
-    def __init__(self):
-        self.key: tuple = ()
-        self.layout: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def get(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """`a_ERI` and `b_EOR` in `dtype`."""
-        factors = [factor for adapter in adapters for factor in (adapter.lora_a, adapter.lora_b)]
-        key = (dtype, *((factor.data_ptr(), factor._version) for factor in factors))
-        if self.layout is None or key != self.key:
-            self.key, self.layout = key, _lay_out(adapters, dtype)
-        return self.layout
-
-
-@torch.no_grad()
-def _lay_out(adapters: Sequence[Adapter], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    num_experts, ranks = adapters[0].num_experts, [adapter.rank for adapter in adapters]
-    a = [adapter.lora_a.to(dtype).view(num_experts, adapter.rank, -1) for adapter in adapters]
-    # As a matrix of two dimensions, which is transposed several times faster than one of three.
-    b = [adapter.lora_b.to(dtype).view(-1, num_experts).T.contiguous() for adapter in adapters]
-    b = [factor.view(num_experts, -1, adapter.rank) for factor, adapter in zip(b, adapters, strict=True)]
-    padding = -sum(ranks) % (ROW_BYTES // dtype.itemsize)
-    if len(adapters) == 1 and not padding:
-        return a[0], b[0]
-    b_EOR = b[0].new_empty(num_experts, b[0].shape[1], sum(ranks) + padding)[..., : sum(ranks)]
-    torch.cat(b, dim=-1, out=b_EOR)
-    return a[0] if len(a) == 1 else torch.cat(a, dim=1), b_EOR
-
-
 class LowRank:
     """
-    The adapters of one projection in one forward pass.
+    The adapters of one projection in one forward pass and its backward pass.
+
+    The factors are laid out in every forward pass: a layout that was kept from one to the next could not be trusted, since
+    FSDP2 and whatever writes to `.data` change factors without a trace. The backward pass takes factors and layout from
+    what autograd saved.
 
     Args:
         adapters (`Sequence[Adapter]`): Those that are active, all with the same dropout.
-        cache (`FactorCache`): Where the layout is kept.
         dtype (`torch.dtype`): Type of the activations.
         uses_SA (`torch.Tensor`, *optional*): Whether a pair uses an adapter, where a batch mixes them. All do if None.
     """
 
-    def __init__(
-        self, adapters: Sequence[Adapter], cache: FactorCache, dtype: torch.dtype, uses_SA: torch.Tensor | None = None
-    ):
-        self.adapters = adapters
-        self.a_ERI, self.b_EOR = cache.get(adapters, dtype)
+    def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, uses_SA: torch.Tensor | None = None):
+        self.num_experts, self.dtype = adapters[0].num_experts, dtype
+        self.ranks = [adapter.rank for adapter in adapters]
+        self.factors = [factor for adapter in adapters for factor in (adapter.lora_a, adapter.lora_b)]
         self.dropout = adapters[0].dropout
         self.seed = int(torch.randint(2**62, ())) if self.dropout else 0
         self.scaling: float | torch.Tensor = adapters[0].scaling
         if len(adapters) > 1 or uses_SA is not None:
-            device = self.b_EOR.device
+            device = self.factors[0].device
             scaling_A = torch.tensor([adapter.scaling for adapter in adapters], dtype=dtype, device=device)
-            ranks = torch.tensor([adapter.rank for adapter in adapters], device=device)
-            self.scaling = (scaling_A if uses_SA is None else uses_SA * scaling_A).repeat_interleave(ranks, dim=-1)
+            scaling_A = scaling_A if uses_SA is None else uses_SA * scaling_A
+            self.scaling = scaling_A.repeat_interleave(torch.tensor(self.ranks, device=device), dim=-1)
 
-    def add_to(self, output_SO: torch.Tensor, input_SI: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-        """Add to a projection's output what the adapters make of its input; returns what lies between `(S, R)`, scaled."""
-        inner_SR = grouped_mm(self._dropped(input_SI), self.a_ERI.transpose(1, 2), offsets_E).mul_(self.scaling)
-        output_SO += grouped_mm(inner_SR, self.b_EOR.transpose(1, 2), offsets_E)
-        return inner_SR
+    def add_to(
+        self, output_SO: torch.Tensor, input_SI: torch.Tensor, expert_S: torch.Tensor, offsets_E: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Add to a projection's output what the adapters make of its input.
+
+        Returns:
+            `(torch.Tensor, torch.Tensor)`: what lies between the factors `(S, R)`, scaled, and `b_EOR`, if it was needed.
+        """
+        a_ERI = self._a(self.factors)
+        inner_SR = grouped_mm(self._dropped(input_SI), a_ERI.transpose(1, 2), offsets_E).mul_(self.scaling)
+        if len(inner_SR) > self.num_experts // FEW:
+            b_EOR = self._b(self.factors)
+            add_grouped_mm(output_SO, inner_SR, b_EOR.transpose(1, 2), offsets_E)
+            return inner_SR, b_EOR
+        # For a few rows, laying out the factors of all experts would take longer than all the rest.
+        for part_SR, lora_b in zip(inner_SR.split(self.ranks, dim=1), self.factors[1::2], strict=True):
+            wide_SRE = inner_SR.new_zeros(len(part_SR), part_SR.shape[1], self.num_experts)
+            wide_SRE.scatter_(2, expert_S[:, None, None].expand(*part_SR.shape, 1), part_SR[..., None])
+            output_SO += wide_SRE.flatten(1) @ lora_b.to(self.dtype).T
+        return inner_SR, None
 
     def add_gradient_to(
-        self, gradient_SI: torch.Tensor, gradient_SO: torch.Tensor, offsets_E: torch.Tensor
+        self,
+        gradient_SI: torch.Tensor,
+        gradient_SO: torch.Tensor,
+        factors: Sequence[torch.Tensor],
+        b_EOR: torch.Tensor | None,
+        offsets_E: torch.Tensor,
     ) -> torch.Tensor:
         """Add to the gradient of the input what comes through the adapters; returns the gradient of what lies between."""
-        inner_SR = grouped_mm(gradient_SO, self.b_EOR, offsets_E).mul_(self.scaling)
-        gradient_SI += self._dropped(grouped_mm(inner_SR, self.a_ERI, offsets_E))
+        b_EOR = self._b(factors) if b_EOR is None else b_EOR
+        inner_SR = grouped_mm(gradient_SO, b_EOR, offsets_E).mul_(self.scaling)
+        if self.dropout:
+            gradient_SI += self._dropped(grouped_mm(inner_SR, self._a(factors), offsets_E))
+        else:
+            add_grouped_mm(gradient_SI, inner_SR, self._a(factors), offsets_E)
         return inner_SR
 
     def factor_gradients(
@@ -134,19 +147,42 @@ class LowRank:
         inner_SR: torch.Tensor,
         gradient_SO: torch.Tensor,
         gradient_SR: torch.Tensor,
+        factors: Sequence[torch.Tensor],
         offsets_E: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The gradients of `lora_a` and `lora_b` of every adapter, in PEFT's layout."""
         a_ERI = grouped_outer(gradient_SR, self._dropped(input_SI), offsets_E)
         b_EOR = grouped_outer(gradient_SO, inner_SR, offsets_E)
-        gradients, start = [], 0
-        for adapter in self.adapters:
-            ranks = slice(start, start + adapter.rank)
-            a = a_ERI[:, ranks].reshape(adapter.lora_a.shape)
-            b = b_EOR[:, :, ranks].flatten(1).T.contiguous().view(adapter.lora_b.shape)
-            gradients += [a.to(adapter.lora_a.dtype), b.to(adapter.lora_b.dtype)]
-            start = ranks.stop
+        gradients = []
+        for number, (a, b) in enumerate(
+            zip(a_ERI.split(self.ranks, dim=1), b_EOR.split(self.ranks, dim=2), strict=True)
+        ):
+            lora_a, lora_b = factors[2 * number : 2 * number + 2]
+            gradients.append(a.reshape(lora_a.shape).to(lora_a.dtype))
+            gradients.append(b.flatten(1).T.contiguous().view(lora_b.shape).to(lora_b.dtype))
         return gradients
+
+    def _a(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`a_ERI`; of one adapter the parameter itself."""
+        parts = [
+            factor.to(self.dtype).view(self.num_experts, rank, -1)
+            for factor, rank in zip(factors[::2], self.ranks, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _b(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`b_EOR`, in rows that are a little longer where grouped products want it."""
+        # Transposed as a matrix of two dimensions, which is several times faster than with three.
+        parts = [
+            factor.to(self.dtype).view(-1, self.num_experts).T.contiguous().view(self.num_experts, -1, rank)
+            for factor, rank in zip(factors[1::2], self.ranks, strict=True)
+        ]
+        total = sum(self.ranks)
+        padding = -total % (ROW_BYTES // self.dtype.itemsize)
+        if len(parts) == 1 and not padding:
+            return parts[0]
+        b_EOR = parts[0].new_empty(self.num_experts, parts[0].shape[1], total + padding)[..., :total]
+        return torch.cat(parts, dim=2, out=b_EOR)
 
     def _dropped(self, values_SI: torch.Tensor) -> torch.Tensor:
         """Dropout with the same mask every time, so that backward needs none of it kept."""

@@ -21,10 +21,14 @@ from torch import nn
 from .errors import ExpertLoraError
 from .grouped_forward import ACTIVE, IMPLEMENTATION, Routing
 from .layers import layer_index
-from .low_rank import Adapter, FactorCache, LowRank
+from .low_rank import Adapter, LowRank
 
 
 BASE_ADAPTER = "__base__"  # what PEFT calls a row of a batch that uses no adapter
+
+REPLACED = (
+    "_hf_moe_replaced_implementation"  # on an experts module; in its configuration it would get into config.json
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,11 @@ class ActiveAdapters:
 
     Args:
         adapters (`list[Adapter]`): Those that are active.
-        cache (`FactorCache`): Where their layout is kept.
         names (`Sequence[str]`, *optional*): Per sequence of the batch, the adapter that it uses, where they differ.
         num_tokens (`int`): Number of tokens in the batch.
     """
 
     adapters: list[Adapter]
-    cache: FactorCache
     names: Sequence[str] | None
     num_tokens: int
 
@@ -50,7 +52,7 @@ class ActiveAdapters:
             device = routing.order_S.device
             uses_BA = torch.tensor([[name == of.name for of in self.adapters] for name in self.names], device=device)
             uses_SA = uses_BA.repeat_interleave(self.num_tokens // len(self.names), dim=0)[routing.token_S]
-        return LowRank(self.adapters, self.cache, dtype, uses_SA)
+        return LowRank(self.adapters, dtype, uses_SA)
 
 
 class GroupedParamWrapper(ParamWrapper):
@@ -94,8 +96,7 @@ class GroupedParamWrapper(ParamWrapper):
             yield
             return
         active = experts.__dict__.setdefault(ACTIVE, {})
-        cache = self.__dict__.setdefault("_factor_cache", FactorCache())
-        active[self.parameter_name] = ActiveAdapters(adapters, cache, names, num_tokens)
+        active[self.parameter_name] = ActiveAdapters(adapters, names, num_tokens)
         try:
             yield
         finally:
@@ -140,7 +141,6 @@ GroupedParamWrapper.__name__ = ParamWrapper.__name__
 
 def use_implementation(experts: nn.Module) -> None:
     """Let experts compute with the adapters that are handed to them, and remember how they did before."""
-    config = experts.config
-    if config._experts_implementation != IMPLEMENTATION:
-        config.__dict__.setdefault("_hf_moe_replaced_implementation", config._experts_implementation)
-        config._experts_implementation = IMPLEMENTATION
+    if experts.config._experts_implementation != IMPLEMENTATION:
+        experts.__dict__[REPLACED] = experts.config._experts_implementation
+        experts.config._experts_implementation = IMPLEMENTATION

@@ -4,6 +4,7 @@
 import importlib
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -63,14 +64,14 @@ def lora(
     """
     Time and memory of forward and backward through a layer of experts: frozen, with hf_moe's LoRA, with PEFT's.
 
-    The frozen layer is the limit: the gradient of its input has to be computed in any case. "saved" is what autograd keeps
-    from forward to backward beside the parameters, "peak" what is allocated beside them at most.
+    The frozen layer is the limit: the gradient of its input has to be computed in any case. "operations" are the
+    multiplications beside its, "saved" is what autograd keeps from forward to backward beside the parameters, "peak" what is
+    allocated beside them at most.
     """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
-    scale = scale or (1.0 if on_gpu else 0.25)
     tokens = tokens or (4096 if on_gpu else 512)
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     if unknown := sorted(set(shape or []) - set(SHAPES)):
@@ -79,15 +80,28 @@ def lora(
         raise ValueError(f"dtype is {dtype!r}. Choose float32 or bfloat16.")
     rows = []
     for name in shape or SHAPES:
-        layers = make_layers(SHAPES[name], scale, rank, getattr(torch, dtype), device)
+        fitting = scale or _fitting_scale(SHAPES[name], getattr(torch, dtype), on_gpu)
+        layers = make_layers(SHAPES[name], fitting, rank, getattr(torch, dtype), device)
         step = Step(SHAPES[name], layers[FROZEN], tokens, checkpointing)
-        rows += [{"shape": name, **row} for row in _measure(name, layers, step, runs)]
+        rows += [{"shape": name, "scale": fitting, **row} for row in _measure(name, layers, step, runs)]
         del layers, step
     out.table(rows)
     out.text(
-        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {dtype}, {tokens} tokens, rank {rank}, sizes times {scale:g}"
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {dtype}, {tokens} tokens, rank {rank}, {runs} rounds in turns"
         + (", gradient checkpointing" if checkpointing else "")
     )
+
+
+def _fitting_scale(shape: Shape, dtype: Any, on_gpu: bool) -> float:
+    """1, halved until what PEFT needs (weights, these with the adapter, their gradient, and room) fits into the memory."""
+    import torch
+
+    memory = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = 6 * 3 * shape.num_experts * shape.hidden * shape.intermediate * dtype.itemsize
+    scale = 1.0
+    while scale**2 * needed > memory:
+        scale /= 2
+    return scale
 
 
 def make_layers(shape: Shape, scale: float, rank: int, dtype: Any, device: str) -> dict[str, Any]:
@@ -177,12 +191,14 @@ def _measure(name: str, layers: dict[str, Any], step: Step, runs: int) -> list[d
     median = {variant: statistics.median(values) for variant, values in seconds.items()}
     saved = {variant: saved_bytes(layer, step) for variant, layer in layers.items()}
     peak = {variant: peak_bytes(layer, step) for variant, layer in layers.items()}
+    operations = {variant: multiplications(layer, variant) for variant, layer in layers.items()}
     return [
         {
             "experts": variant,
             "median_ms": round(1000 * median[variant], 2),
             "min_ms": round(1000 * min(seconds[variant]), 2),
             "max_ms": round(1000 * max(seconds[variant]), 2),
+            "operations": round(operations[variant] / operations[FROZEN], 3),
             "times_frozen": round(median[variant] / median[FROZEN], 3),
             "times_peft": round(median[variant] / median[PEFT], 3),
             "saved_mib": round(saved[variant] / 2**20, 1),
@@ -191,6 +207,18 @@ def _measure(name: str, layers: dict[str, Any], step: Step, runs: int) -> list[d
         }
         for variant in (FROZEN, OURS, PEFT)
     ]
+
+
+def multiplications(layer: Any, variant: str) -> int:
+    """Of one pair of a token and an expert, forward and backward; PEFT's products of factors alone are left out."""
+    weights = factors = 0
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() == 3:
+            weights += parameter.shape[1] * parameter.shape[2]
+        elif "lora_" in name:
+            factors += parameter.numel() // layer.experts.num_experts
+    # Twice what is frozen, three times what has a gradient of its own: with PEFT, that is the weights.
+    return {FROZEN: 2 * weights, OURS: 2 * weights + 3 * factors, PEFT: 3 * weights}[variant]
 
 
 def saved_bytes(layer: Any, step: Step) -> int:

@@ -18,18 +18,20 @@ from hf_moe.adapters.grouped_lora import GroupedParamWrapper, disable_grouped_lo
 layouts = pytest.mark.parametrize("kind", ALL)
 
 
-def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same_gradients(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-5
+) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert_close(found[name], gradient)
+        assert_close(found[name], gradient, bound)
 
 
-def assert_same_step(model: torch.nn.Module, vanilla: torch.nn.Module) -> None:
+def assert_same_step(model: torch.nn.Module, vanilla: torch.nn.Module, bound: float = 1e-5) -> None:
     """Loss and gradients of one batch."""
     loss, gradients = loss_and_gradients(model)
     expected_loss, expected = loss_and_gradients(vanilla)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
-    assert_same_gradients(gradients, expected)
+    assert_same_gradients(gradients, expected, bound)
 
 
 @layouts
@@ -45,7 +47,8 @@ def test_the_router_and_the_base_can_be_trained_too(kind):
     vanilla = with_adapter(small_moe(kind))
     for parameter in vanilla.parameters():
         parameter.requires_grad_(True)
-    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla)
+    # The gradient of a router's bias is a sum that nearly cancels: PEFT's own is 2e-5 from that in float64.
+    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla, bound=5e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
@@ -158,6 +161,13 @@ def test_enabling_twice_is_enabling_once():
     assert model.config._experts_implementation != "lora_grouped_mm"
 
 
+def test_the_configuration_is_saved_as_it_was():
+    model = with_adapter(small_moe("mixtral"))
+    expected = model.config.to_dict()
+    assert enable_grouped_lora(model).config.to_dict() == expected
+    assert disable_grouped_lora(model).config.to_dict() == expected
+
+
 def test_weights_of_all_experts_are_never_built():
     model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
     size = model.get_base_model().model.layers[0].mlp.experts.base_layer.base_layer.down_proj.numel()
@@ -179,6 +189,15 @@ def test_kernels_without_a_place_for_lora_are_refused(implementation):
     model = with_adapter(small_moe("mixtral"))
     model.config._experts_implementation = implementation
     with pytest.raises(ExpertLoraError, match=f"{implementation}.*experts_implementation='grouped_mm'"):
+        enable_grouped_lora(model)
+
+
+def test_models_that_are_split_by_expert_are_refused():
+    model = with_adapter(small_moe("mixtral"))
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            module.get_base_layer().num_experts = 2
+    with pytest.raises(ExpertLoraError, match="4 experts, of which this process holds 2 .* without `ep_size`"):
         enable_grouped_lora(model)
 
 
