@@ -25,6 +25,7 @@ from .low_rank import LowRank, grouped_mm, grouped_outer
 
 IMPLEMENTATION = "lora_grouped_mm"
 ACTIVE = "_hf_moe_active_adapters"  # on an experts module, during a forward pass: `ActiveAdapters` by projection
+SLICES = "trained_experts"  # a module inside the experts, where some of them are fine-tuned: `ExpertSlices`
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,17 @@ class Call:
     down: LowRank | None
     others: Sequence[nn.Parameter]
     first_name: str
+    slices: Any
 
     @property
     def factors(self) -> list[torch.Tensor]:
         """Those of the first projection, then those of the second."""
         return [factor for side in (self.up, self.down) if side is not None for factor in side.factors]
+
+    @property
+    def slice_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the experts that are fine-tuned, by the name of what they are cut out of."""
+        return {} if self.slices is None else dict(self.slices.named_parameters())
 
     def gate(self, values_SF: torch.Tensor) -> torch.Tensor:
         """What the second projection gets `(S, I)`."""
@@ -116,13 +123,27 @@ class Call:
             weight = weight.transpose(1, 2)
         return grouped_mm(gradient_SY, weight, self.routing.offsets_E)
 
-    def gradient_of_weight(self, input_SX: torch.Tensor, gradient_SY: torch.Tensor) -> torch.Tensor:
+    def gradient_of_weight(
+        self, input_SX: torch.Tensor, gradient_SY: torch.Tensor, offsets_E: torch.Tensor | None = None
+    ) -> torch.Tensor:
         left, right = (input_SX, gradient_SY) if self.experts.is_transposed else (gradient_SY, input_SX)
-        return grouped_outer(left, right, self.routing.offsets_E)
+        return grouped_outer(left, right, self.routing.offsets_E if offsets_E is None else offsets_E)
 
     def gradient_of_bias(self, gradient_SY: torch.Tensor) -> torch.Tensor:
         gradient_EY = gradient_SY.new_zeros(self.experts.num_experts, gradient_SY.shape[1])
         return gradient_EY.index_add_(0, self.routing.expert_S, gradient_SY)
+
+    def gradients_of_slices(
+        self, projection: str, input_SX: torch.Tensor, gradient_SY: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Of the weight and bias of the experts that are fine-tuned, from the pairs that are theirs alone."""
+        rows_C, expert_C, offsets_N = self.slices.pairs(self.routing)
+        gradient_CY = gradient_SY.index_select(0, rows_C)
+        gradients = {projection: self.gradient_of_weight(input_SX.index_select(0, rows_C), gradient_CY, offsets_N)}
+        if self.experts.has_bias:
+            gradient_NY = gradient_CY.new_zeros(len(offsets_N), gradient_CY.shape[1])
+            gradients[f"{projection}_bias"] = gradient_NY.index_add_(0, expert_C, gradient_CY)
+        return gradients
 
 
 class _Experts(torch.autograd.Function):
@@ -164,6 +185,7 @@ class _Experts(torch.autograd.Function):
             None if parametrize.is_parametrized(experts, "down_proj") else down,
             down_bias,
             *call.factors,
+            *call.slice_parameters.values(),  # so that backward fails if they were written to in between
         )
         return output_TH
 
@@ -175,7 +197,7 @@ class _Experts(torch.autograd.Function):
         hidden_TH, weights_TK, first_SF, inner_up, up_b_EOR, inner_down, down_b_EOR, *rest = ctx.saved_tensors
         second_SH, up, down, down_bias, *factors = rest
         split = len(call.up.factors) if call.up is not None else 0
-        up_factors, down_factors = factors[:split], factors[split:]
+        up_factors, down_factors = factors[:split], factors[split : len(call.factors)]
         up = getattr(experts, call.first_name) if up is None else up
         down = experts.down_proj if down is None else down
         needs = dict(zip(INPUTS, ctx.needs_input_grad[1:], strict=False))
@@ -223,10 +245,13 @@ class _Experts(torch.autograd.Function):
             )
         if scale_S1 is not None:
             gradient_SI *= scale_S1
-        if needs["down"] or needs["down_bias"]:
+        of_slices: dict[str, torch.Tensor] = {}
+        if needs["down"] or needs["down_bias"] or call.slices is not None:
             scaled_SH = gradient_SH if scale_S1 is None else gradient_SH.mul_(scale_S1)
             results["down"] = call.gradient_of_weight(middle_SI, scaled_SH) if needs["down"] else None
             results["down_bias"] = call.gradient_of_bias(scaled_SH) if needs["down_bias"] else None
+            if call.slices is not None:
+                of_slices |= call.gradients_of_slices("down_proj", middle_SI, scaled_SH)
 
         # Through the gate and the first projection.
         found = torch.autograd.grad(middle, [first_SF, *others], gradient_SI, allow_unused=True)
@@ -237,7 +262,7 @@ class _Experts(torch.autograd.Function):
         if call.up is not None:
             gradient_inner = call.up.add_gradient_to(gradient_in_SH, gradient_SF, up_factors, up_b_EOR, offsets_E)
         of_up_factors: list[torch.Tensor] = []
-        if call.up is not None or needs["up"]:
+        if call.up is not None or needs["up"] or call.slices is not None:
             # Into the memory of a gradient that has done its work.
             input_SH = torch.index_select(hidden_TH.to(up.dtype), 0, routing.token_S, out=gradient_SH)
             input_SH = routing.without_elsewhere(input_SH)
@@ -247,6 +272,8 @@ class _Experts(torch.autograd.Function):
                 )
             if needs["up"]:
                 results["up"] = call.gradient_of_weight(input_SH, gradient_SF)
+            if call.slices is not None:
+                of_slices |= call.gradients_of_slices(call.first_name, input_SH, gradient_SF)
         if needs["up_bias"]:
             results["up_bias"] = call.gradient_of_bias(gradient_SF)
 
@@ -257,8 +284,16 @@ class _Experts(torch.autograd.Function):
         if gradient_of_weights_S is not None:
             results["weights"] = gradient_of_weights_S[routing.place_TK].to(weights_TK.dtype)
         trained = iter(gradients_of_others)
+        of_slice_parameters = [of_slices[name].to(of.dtype) for name, of in call.slice_parameters.items()]
         of_others = [next(trained) if parameter.requires_grad else None for parameter in call.others]
-        return None, *(results.get(name) for name in INPUTS), *of_others, *of_up_factors, *of_down_factors
+        return (
+            None,
+            *(results.get(name) for name in INPUTS),
+            *of_others,
+            *of_up_factors,
+            *of_down_factors,
+            *of_slice_parameters,
+        )
 
 
 INPUTS = ("hidden", "weights", "up", "up_bias", "down", "down_bias")
@@ -284,20 +319,24 @@ def lora_experts_forward(
     Returns:
         `torch.Tensor` of shape `(T, H)`
     """
-    active = self.__dict__.get(ACTIVE)
-    if not active:
+    active = self.__dict__.get(ACTIVE, {})
+    slices = getattr(self, SLICES, None)
+    if not active and slices is None:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    return _forward_with_adapters(self, active, hidden_states, top_k_index, top_k_weights)
+    return _forward_with_adapters(self, active, slices, hidden_states, top_k_index, top_k_weights)
 
 
 @torch.compiler.disable(reason="expert LoRA brings its own backward pass, which cannot be traced")
 def _forward_with_adapters(
     self: nn.Module,
     active: dict[str, Any],
+    slices: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
+    if slices is not None:
+        slices.write_to(self)
     first_name = "gate_up_proj" if self.has_gate else "up_proj"
     up, down = getattr(self, first_name), self.down_proj
     up_bias = getattr(self, f"{first_name}_bias") if self.has_bias else None
@@ -305,9 +344,14 @@ def _forward_with_adapters(
     routing = Routing.of(self, top_k_index)
     low_rank = {name: active[name].low_rank(routing, up.dtype) for name in active}
     projections = {id(parameter) for parameter in (up, down, up_bias, down_bias)}
-    others = [parameter for parameter in self.parameters() if id(parameter) not in projections]
-    call = Call(self, routing, low_rank.get(first_name), low_rank.get("down_proj"), others, first_name)
-    return _Experts.apply(call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *call.factors)
+    others = [
+        parameter
+        for name, parameter in self.named_parameters()
+        if id(parameter) not in projections and not name.startswith(f"{SLICES}.")
+    ]
+    call = Call(self, routing, low_rank.get(first_name), low_rank.get("down_proj"), others, first_name, slices)
+    inputs = (hidden_states, top_k_weights, up, up_bias, down, down_bias)
+    return _Experts.apply(call, *inputs, *others, *call.factors, *call.slice_parameters.values())
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lora_experts_forward)

@@ -38,6 +38,22 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     )
 
 
+def experts_by_layer(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """
+    Name and module of the experts by the number of their layer.
+
+    Raises:
+        ExpertLoraError: if there is none whose activations can be reached, or the numbers do not tell them apart.
+    """
+    layers: dict[int, tuple[str, nn.Module]] = {}
+    for name, experts in find_experts(model).items():
+        layer = layer_index(name)
+        if layer is None or layer in layers:
+            raise ExpertLoraError(f"{name!r} cannot be told from other experts by the number of its layer.")
+        layers[layer] = (name, experts)
+    return layers
+
+
 def projections(experts: nn.Module) -> list[str]:
     """The names of the weights of the experts, in the order of the forward pass."""
     return [name for name in PROJECTIONS if hasattr(experts, name)]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`score_experts` and `select_experts`: which experts serve the text of a task, after ESFT."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .errors import ExpertLoraError
+from .layers import experts_by_layer
+
+
+logger = logging.get_logger(__name__)
+
+KINDS = ("token", "gate")
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """
+    How much the experts of every layer were used.
+
+    Args:
+        kind (`str`): `"token"` or `"gate"`.
+        layers (`dict[int, torch.Tensor]`): By the number of the layer, `(num_experts,)` in float64.
+        num_tokens (`int`): Number of tokens seen, padding left out.
+    """
+
+    kind: str
+    layers: dict[int, torch.Tensor]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class ExpertSelection:
+    """
+    The experts to train, in the format of the ESFT project's `expert_cfg.json`.
+
+    Args:
+        experts (`dict[int, list[int]]`): By the number of the layer, the experts in the order of their scores.
+        shared_experts (`bool`, *optional*, defaults to `False`): Whether shared experts are trained as well.
+        non_expert_modules (`bool`, *optional*, defaults to `False`): Whether everything that is no expert is trained as well.
+    """
+
+    experts: dict[int, list[int]] = field(default_factory=dict)
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as ESFT's JSON."""
+        values = {
+            "experts": {str(layer): experts for layer, experts in self.experts.items()},
+            "shared_experts": self.shared_experts,
+            "non_expert_modules": self.non_expert_modules,
+        }
+        Path(path).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ExpertSelection":
+        """
+        Read ESFT's JSON.
+
+        Raises:
+            ExpertLoraError: if the file is something else.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            experts = {int(layer): [int(expert) for expert in ids] for layer, ids in values["experts"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ExpertLoraError(
+                f"{path} is no selection of experts ({type(error).__name__}: {error}). Such a file has the form "
+                '{"experts": {"1": [8, 26], ...}, "shared_experts": false, "non_expert_modules": false}.'
+            ) from error
+        return cls(experts, bool(values.get("shared_experts")), bool(values.get("non_expert_modules")))
+
+    def ranks(self, num_experts: int, hot: int, cold: int = 0) -> dict[int, list[int]]:
+        """
+        Ranks for [`ExpertLoraConfig`]: LoRA for the selected experts, and less or none for the others.
+
+        Args:
+            num_experts (`int`): Number of experts in a layer.
+            hot (`int`): Rank of the selected experts.
+            cold (`int`, *optional*, defaults to 0): Rank of the others.
+        """
+        return {
+            layer: [hot if expert in experts else cold for expert in range(num_experts)]
+            for layer, experts in self.experts.items()
+        }
+
+    def summary(self) -> str:
+        """One line per layer."""
+        lines = [f"layer {layer:>3}  {len(experts):>3} experts: {experts}" for layer, experts in self.experts.items()]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def score_experts(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]],
+    kind: str = "token",
+    num_tokens: int | None = None,
+) -> ExpertScores:
+    """
+    How much the text of a task uses each expert, from one pass over it (https://huggingface.co/papers/2407.01906).
+
+    Args:
+        model (`torch.nn.Module`): A mixture of experts. It is put into evaluation mode and back.
+        dataloader (`Iterable[Mapping[str, Any]]`): Batches to call the model with. Padding is left out by `attention_mask`;
+            `labels` are not needed.
+        kind (`str`, *optional*, defaults to `"token"`): `"token"`: the share of the tokens' choices that fell on the expert,
+            summing to 1 over a layer. `"gate"`: the mean routing weight that tokens gave it, as the model uses it; over a layer
+            these sum to what the weights of a token sum to.
+        num_tokens (`int`, *optional*): Stop after the batch with which so many tokens were seen (ESFT takes 131,072).
+
+    Raises:
+        ExpertLoraError: if the model has no experts, or no batch is given.
+    """
+    if kind not in KINDS:
+        raise ExpertLoraError(f"kind is {kind!r}. Choose from {', '.join(map(repr, KINDS))}.")
+    experts = experts_by_layer(model)
+    device = next(model.parameters()).device
+    sums: dict[int, torch.Tensor] = {}
+    mask_T: torch.Tensor | None = None
+    seen = 0
+
+    def add(layer: int):
+        def hook(module: Any, args: tuple, kwargs: dict) -> None:
+            _, index_TK, weights_TK = (*args, *kwargs.values())[:3]
+            values_TK = torch.full_like(weights_TK, 1 / index_TK.shape[1]) if kind == "token" else weights_TK
+            if mask_T is not None:
+                values_TK = values_TK * mask_T[:, None]
+            scores_E = torch.zeros(module.num_experts + 1, dtype=torch.float64, device=index_TK.device)
+            # One more takes the experts of other devices.
+            scores_E.index_add_(0, index_TK.reshape(-1).clamp(max=module.num_experts), values_TK.reshape(-1).double())
+            sums[layer] = sums.get(layer, 0) + scores_E[:-1]
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(add(layer), with_kwargs=True, prepend=True)
+        for layer, (_, module) in experts.items()
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in dataloader:
+            batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+            tokens = batch["input_ids"]
+            mask = batch.get("attention_mask")
+            mask_T = None if mask is None else mask.reshape(-1).to(torch.float64)
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+            seen += tokens.numel() if mask is None else int(mask.sum())
+            if num_tokens is not None and seen >= num_tokens:
+                break
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise ExpertLoraError(
+            "No token was seen, so that no expert can be scored: the data has no batch, or only padding."
+        )
+    if num_tokens is not None and seen < num_tokens:
+        logger.warning(f"score_experts: the data has {seen} tokens, fewer than the {num_tokens} that were asked for.")
+    return ExpertScores(kind, {layer: (total / seen).cpu() for layer, total in sorted(sums.items())}, seen)
+
+
+def select_experts(scores: ExpertScores, top_p: float = 0.2) -> ExpertSelection:
+    """
+    The fewest experts of each layer whose scores reach a sum, the highest first.
+
+    Args:
+        scores ([`ExpertScores`]): From [`score_experts`].
+        top_p (`float`, *optional*, defaults to 0.2): The sum to reach. ESFT takes 0.2 with token scores and 0.1 with gate scores.
+            Experts that were never used are not selected.
+
+    Raises:
+        ExpertLoraError: if `top_p` is not above 0 and at most 1.
+    """
+    if not 0.0 < top_p <= 1.0:
+        raise ExpertLoraError(f"top_p is {top_p}. Choose more than 0 and at most 1.")
+    selected = {}
+    for layer, scores_E in scores.layers.items():
+        sorted_E, order_E = scores_E.double().sort(descending=True, stable=True)
+        # The sum of those before an expert, with room for the rounding of sums that should be 1.
+        before_E = sorted_E.cumsum(0) - sorted_E
+        selected[layer] = order_E[(before_E < top_p - 1e-9) & (sorted_E > 0)].tolist()
+    return ExpertSelection(selected)
