@@ -32,6 +32,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "head_dim": 8}),  # transposed, interleaved, biased
     "olmoe": ("Olmoe", {"num_experts": 4}),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),
+    "aria_text": (
+        "AriaText",
+        {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    ),  # transposed, as Llama 4
     "nemotron_h": (
         "NemotronH",  # without a gate
         {

@@ -5,11 +5,13 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import assert_close, randomize
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from small_adapters import ALL, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
 from torch.nn.utils import parametrize
+from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
 from hf_moe.adapters.errors import ExpertLoraError
 from hf_moe.adapters.grouped_lora import GroupedParamWrapper, disable_grouped_lora, enable_grouped_lora
@@ -43,12 +45,65 @@ def test_loss_and_gradients_are_those_of_peft(kind):
 
 
 @layouts
+def test_twenty_steps_of_training_are_those_of_peft(kind):
+    losses = []
+    vanilla = with_adapter(small_moe(kind), init_lora_weights=True)
+    for model in (vanilla, enable_grouped_lora(copy.deepcopy(vanilla))):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        losses.append([])
+        torch.manual_seed(0)  # GPT-2 has dropout
+        for _ in range(20):
+            loss, _ = loss_and_gradients(model.train())
+            losses[-1].append(loss)
+            optimizer.step()
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.01
+
+
+@layouts
 def test_the_router_and_the_base_can_be_trained_too(kind):
     vanilla = with_adapter(small_moe(kind))
     for parameter in vanilla.parameters():
         parameter.requires_grad_(True)
     # The gradient of a router's bias is a sum that nearly cancels: PEFT's own is 2e-5 from that in float64.
     assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla, bound=5e-5)
+
+
+def test_experts_with_a_norm_behind_them():
+    """Muse Spark's, which are part of no model for text alone."""
+    config = MuseSparkTextConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        moe_hidden_size=16,
+        moe_intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    config._experts_implementation = "grouped_mm"
+    vanilla = torch.nn.Module()
+    vanilla.experts = MuseSparkExperts(config)
+    randomize(vanilla)
+    vanilla.requires_grad_(False)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    inject_adapter_in_model(LoraConfig(r=3, target_parameters=names, init_lora_weights=False), vanilla)
+    for name, parameter in vanilla.named_parameters():
+        parameter.requires_grad_("norm" in name or "lora" in name)
+    model = enable_grouped_lora(copy.deepcopy(vanilla))
+    hidden = torch.randn(6, 16, requires_grad=True)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    weights = torch.rand(6, 2, requires_grad=True)
+    found, expected = (gradients_of_layer(of, hidden, index, weights) for of in (model, vanilla))
+    assert any("norm" in name for name in expected)
+    assert_same_gradients(found, expected)
+
+
+def gradients_of_layer(model: torch.nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output of a layer of experts, and the gradients of all that has one."""
+    output = model.experts(*inputs)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained |= {str(place): tensor for place, tensor in enumerate(inputs) if tensor.requires_grad}
+    gradients = torch.autograd.grad(output.square().sum(), list(trained.values()))
+    return {"output": output.detach(), **dict(zip(trained, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
