@@ -183,6 +183,7 @@ class _Experts(torch.autograd.Function):
         gradient_inner = None
         if call.down is not None:
             gradient_inner = call.down.add_gradient_to(gradient_SI, gradient_SH, offsets_E)
+        gradient_SI = routing.without_elsewhere(gradient_SI)
         if gradient_of_weights_S is None and needs["weights"]:
             # <gradient, W x> = <W' gradient, x>, so that the output need not be kept.
             gradient_of_weights_S = (gradient_SI * middle_SI).sum(dim=-1, dtype=torch.float32)
@@ -201,7 +202,6 @@ class _Experts(torch.autograd.Function):
             scaled_SH = gradient_SH if scale_S is None else gradient_SH * scale_S[:, None]
             results["down"] = call.gradient_of_weight(middle_SI, scaled_SH) if needs["down"] else None
             results["down_bias"] = call.gradient_of_bias(scaled_SH) if needs["down_bias"] else None
-        gradient_SI = routing.without_elsewhere(gradient_SI)
 
         # Through the gate and the first projection.
         found = torch.autograd.grad(middle, [first_SF, *others], gradient_SI, allow_unused=True)
@@ -276,9 +276,7 @@ def lora_experts_forward(
         for adapter in side.adapters
         for factor in (adapter.lora_a, adapter.lora_b)
     ]
-    return _Experts.apply(
-        call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors
-    )
+    return _Experts.apply(call, hidden_states, top_k_weights, up, up_bias, down, down_bias, *others, *factors)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lora_experts_forward)

@@ -155,7 +155,10 @@ def _check(name: str, wrapper: ParamWrapper) -> None:
             f"The experts implementation {implementation!r} computes both projections in one kernel, between which LoRA has no "
             "place. Load the model with `experts_implementation='grouped_mm'`."
         )
-    for function, of in ((ParamWrapper.forward, "PEFT's ParamWrapper"), (type(experts).forward, type(experts).__name__)):
+    for function, of in (
+        (ParamWrapper.forward, "PEFT's ParamWrapper"),
+        (type(experts).forward, type(experts).__name__),
+    ):
         module = getattr(function, "__module__", "")
         if not module.startswith(("peft.", "transformers", "hf_moe")):
             raise ExpertLoraError(
