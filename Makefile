@@ -7,13 +7,23 @@ MODEL := .cache/smollm2
 ENCODER := .cache/minilm
 LLAMACPP := .cache/venv-llamacpp
 VLLM := .cache/venv-vllm
+OLDEST := .cache/venv-oldest
+NEWEST := .cache/venv-newest
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MLINTER_RULES := build/mlinter-rules.toml
 
-.PHONY: help install demo test test-fast test-slow quality style build clean
+# "peft==0.1.0" for the "peft>=0.1.0" of pyproject.toml, and so for transformers.
+LOWER_BOUNDS := import tomllib; \
+	needs = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	print(*(need.split(",")[0].replace(">=", "==") for need in needs if need.startswith(("peft>=", "transformers>="))), sep="\n")
+VERSIONS := import peft, torch, transformers; \
+	print(f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+
+.PHONY: help install demo test test-fast test-slow test-compat quality style build clean
+.DELETE_ON_ERROR:
 
 help: ## Print every target
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Create .venv and install hf_moe with everything needed to develop it
 
@@ -45,6 +55,23 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+$(OLDEST)/constraints.txt: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	@sed -E '/^(peft|transformers)==/d' constraints.txt > $@
+	@$(PYTHON) -c '$(LOWER_BOUNDS)' >> $@
+
+$(NEWEST)/constraints.txt: pyproject.toml constraints.txt
+	@mkdir -p $(@D)
+	@# Also without what a newer PEFT or transformers may need a newer one of.
+	@sed -E '/^(accelerate|huggingface-hub|peft|safetensors|tokenizers|transformers)==/d' constraints.txt > $@
+
+$(OLDEST)/.installed $(NEWEST)/.installed: %/.installed: %/constraints.txt
+	$(PYTHON) -m venv $*
+	@echo "Installing into $* (torch first, then the rest) ..."
+	$*/bin/pip install --quiet --disable-pip-version-check --constraint $*/constraints.txt torch
+	$*/bin/pip install --quiet --disable-pip-version-check --constraint $*/constraints.txt --editable '.[dev,demo]'
+	@touch $@
+
 demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-tune, look at the routing (minutes)
 	$(BIN)/python examples/01_upcycle.py $(MODEL) outputs/demo/moe --num-experts 4 --top-k 2 --overwrite
 	$(BIN)/python examples/02_finetune_trainer.py $(MODEL) outputs/demo/moe outputs/demo
@@ -58,6 +85,14 @@ test-fast: $(INSTALLED) ## Run the tests that start no other process, until the 
 test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json $(LLAMACPP)/.installed $(VLLM)/.installed ## Run the slow tests, which need real models, llama.cpp and vLLM (5 GB)
 	HF_MOE_TEST_MODEL=$(MODEL) HF_MOE_TEST_ENCODER=$(ENCODER) HF_MOE_LLAMACPP_ENV=$(LLAMACPP) HF_MOE_VLLM_ENV=$(VLLM) \
 		$(BIN)/python -m pytest -m slow -s
+
+test-compat: $(OLDEST)/.installed $(NEWEST)/.installed ## Run the tests with the oldest and the newest PEFT and transformers that pyproject.toml allows
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(NEWEST)/constraints.txt \
+		--upgrade peft transformers --editable '.[dev,demo]'
+	@$(OLDEST)/bin/python -c '$(VERSIONS)'
+	$(OLDEST)/bin/python -m pytest -n 2
+	@$(NEWEST)/bin/python -c '$(VERSIONS)'
+	$(NEWEST)/bin/python -m pytest -n 2
 
 quality: $(INSTALLED) ## Check style, types, model conventions and layering
 	$(BIN)/ruff check .

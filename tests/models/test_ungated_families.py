@@ -342,7 +342,7 @@ folder, rank = sys.argv[1], int(sys.argv[2])
 os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 for family in json.loads(sys.argv[3]):
-    config = DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="all_to_all")
+    config = DistributedConfig(fsdp_size=2, ep_size=2)
     model = transformers.AutoModel.from_pretrained(f"{folder}/{family}", distributed_config=config)
     biases = [p.to_local().shape[0] for name, p in model.named_parameters() if name.endswith("up_proj_bias")]
     inputs = {name: tensor[rank : rank + 1] for name, tensor in torch.load(f"{folder}/{family}.pt").items()}
