@@ -62,6 +62,7 @@ def train_with_trainer(model: PeftModel, folder: str, batch_size: int) -> State:
         per_device_train_batch_size=batch_size,
         max_steps=NUM_STEPS,
         learning_rate=1e-2,
+        adam_epsilon=1e-5,  # or AdamW makes whole steps of gradients that are rounding alone
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         logging_steps=1,
@@ -120,11 +121,11 @@ def refusals(folder: str) -> Iterator[str]:
             function(of)
         except ExpertLoraError as error:
             yield str(error)
-    config = DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="all_to_all")
+    config = DistributedConfig(fsdp_size=2, ep_size=2)
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", distributed_config=config)
     try:
         enable_grouped_lora(PeftModel.from_pretrained(base, f"{folder}/adapter"))
-    except ExpertLoraError as error:
+    except (ExpertLoraError, RuntimeError) as error:
         yield str(error)
 
 

@@ -51,14 +51,14 @@ def test_errors_are_those_of_peft(kind, base, autocast):
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_experts_in_float32_stay_in_float32_under_autocast(kind):
-    """Since grouped products take the type of the weights."""
+    """Since grouped products take the type of the weights: as PEFT without autocast (before 0.21 it rounds the factors)."""
     results = []
-    for enable in (lambda model: model, enable_grouped_lora):
+    for enable, autocast in ((lambda model: model, False), (enable_grouped_lora, True)):
         model = enable(with_adapter(small_moe(kind), r=8))
         wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
         torch.manual_seed(0)
         hidden, index, weights = torch.randn(6, 32), torch.randint(4, (6, 2)), torch.rand(6, 2)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = wrapper(hidden.requires_grad_(), index, weights.requires_grad_())
         output.square().sum().backward()
         factors = [parameter.grad for name, parameter in wrapper.named_parameters() if "lora_" in name]
