@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
@@ -189,6 +190,8 @@ class ExpertLoraConfig(LoraConfig):
                 layers = [layer_index(name) for name in experts]
                 raise ExpertLoraError(f"layers_to_transform is {wanted}, but experts are in the layers {layers}.")
             return parameters
+        if any(is_parametrized(layer) for layer in experts.values()):
+            return parameters  # PEFT knows parametrized weights by their whole names only
         return sorted({name_in_layer(name) for name in parameters})
 
     def _modules(self, model: nn.Module, experts: list[str], routers: list[str]) -> list[str] | str:

@@ -96,3 +96,13 @@ def loss_and_gradients(model: torch.nn.Module, **arguments) -> tuple[float, dict
     loss = model(input_ids=ids(), labels=ids(), **arguments).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Dequantized(torch.nn.Module):
+    """A weight that is computed from what is stored, as libraries keep experts in 4 bits."""
+
+    def forward(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored / 64
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 64

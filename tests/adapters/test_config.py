@@ -9,7 +9,8 @@ import torch
 from conftest import assert_close, moe_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, ParamWrapper
-from small_adapters import ALL, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
+from small_adapters import ALL, Dequantized, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
+from torch.nn.utils import parametrize
 
 from hf_moe import ExpertLoraConfig, enable_grouped_lora
 from hf_moe.adapters.errors import ExpertLoraError
@@ -106,6 +107,63 @@ def test_all_linear_is_neither_router_nor_output(kind):
     assert [name for name in names if "attn" in name or "mixer" in name]
     if kind == "qwen2_moe":
         assert [name for name in names if name.endswith("shared_expert.down_proj")]
+
+
+def test_experts_whose_weights_are_computed():
+    """As libraries keep experts in 4 bits; PEFT's own computation adds its product once more in every pass."""
+    expected = adapted("mixtral", r=4)
+    model = small_moe("mixtral")
+    for layer in model.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.register_parametrization(layer.mlp.experts, name, Dequantized())
+    model = get_peft_model(model, ExpertLoraConfig(r=4).for_model(model))
+    fill(expected, 1)
+    # PEFT nests the wrappers of such weights the other way round, so that the names of factors mean another projection.
+    theirs, ours = (
+        {(wrapper.layer, wrapper.parameter_name): wrapper for _, wrapper in expert_wrappers(of)}
+        for of in (expected, model)
+    )
+    assert theirs.keys() == ours.keys()
+    for key, wrapper in theirs.items():
+        for factor in ("lora_A", "lora_B"):
+            getattr(ours[key], factor).load_state_dict(getattr(wrapper, factor).state_dict())
+    for _ in range(3):
+        loss, _ = loss_and_gradients(model)
+        expected_loss, _ = loss_and_gradients(expected)
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        for key, wrapper in theirs.items():
+            for factor in ("lora_A", "lora_B"):
+                assert_close(
+                    getattr(ours[key], factor)["default"].weight.grad, getattr(wrapper, factor)["default"].weight.grad
+                )
+
+
+def test_routers_are_trained_when_asked_for():
+    ours = fill(adapted("mixtral", r=4, train_router=True), 1)
+    model = small_moe("mixtral")
+    names = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    torch.manual_seed(0)
+    vanilla = fill(get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=names)), 1)
+    (loss, gradients), (expected_loss, expected) = (loss_and_gradients(of) for of in (ours, vanilla))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert gradients.keys() == expected.keys()
+    assert [name for name in gradients if "mlp.gate.lora_A" in name]
+    for name, gradient in expected.items():
+        assert_close(gradients[name], gradient)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_repeats_dropout(use_reentrant):
+    model = fill(adapted("mixtral", r=4, expert_dropout=0.3), 1).train()
+    torch.manual_seed(3)
+    loss, expected = loss_and_gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    torch.manual_seed(3)
+    found_loss, found = loss_and_gradients(model)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient)
 
 
 def test_dropout_of_experts_and_of_other_modules():

@@ -53,4 +53,6 @@ def test_two_processes_train_as_one(tmp_path):
         assert "has been made a FSDPParamWrapper" in disabled
         assert "has been made a FSDPParamWrapper" in enabled
         # Before 5.23 transformers leaves PEFT to find out, which does when it loads the adapter.
-        assert re.search("adapter has 4 experts, of which this process holds 2 .expert par|size mismatch", expert_parallel)
+        assert re.search(
+            "adapter has 4 experts, of which this process holds 2 .expert par|size mismatch", expert_parallel
+        )

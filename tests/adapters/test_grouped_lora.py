@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close, randomize
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
-from small_adapters import ALL, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
+from small_adapters import ALL, Dequantized, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
 from torch.nn.utils import parametrize
 from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
@@ -272,16 +272,6 @@ def test_patched_wrappers_are_refused(monkeypatch):
     monkeypatch.setattr(ParamWrapper, "forward", forward)
     with pytest.raises(ExpertLoraError, match="ParamWrapper was changed by 'unsloth_zoo"):
         enable_grouped_lora(model)
-
-
-class Dequantized(torch.nn.Module):
-    """A weight that is computed from what is stored, as libraries keep experts in 4 bits."""
-
-    def forward(self, stored: torch.Tensor) -> torch.Tensor:
-        return stored / 64
-
-    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight * 64
 
 
 def test_weights_that_are_computed_when_asked_for():
