@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from transformers.integrations.moe import _grouped_mm
 
+from .errors import ExpertLoraError
+
 
 ROW_BYTES = 16  # grouped products want rows that start at multiples of this, as those do that they return
 
@@ -84,9 +86,12 @@ class LowRank:
     what autograd saved.
 
     Args:
-        adapters (`Sequence[Adapter]`): Those that are active, all with the same dropout.
+        adapters (`Sequence[Adapter]`): Those that are active.
         dtype (`torch.dtype`): Type of the activations.
         uses_SA (`torch.Tensor`, *optional*): Whether a pair uses an adapter, where a batch mixes them. All do if None.
+
+    Raises:
+        ExpertLoraError: if the adapters have different dropout.
     """
 
     def __init__(self, adapters: Sequence[Adapter], dtype: torch.dtype, uses_SA: torch.Tensor | None = None):
@@ -94,6 +99,11 @@ class LowRank:
         self.ranks = [adapter.rank for adapter in adapters]
         self.factors = [factor for adapter in adapters for factor in (adapter.lora_a, adapter.lora_b)]
         self.dropout = adapters[0].dropout
+        if any(adapter.dropout != self.dropout for adapter in adapters):
+            dropouts = {adapter.name: adapter.dropout for adapter in adapters}
+            raise ExpertLoraError(
+                f"The active adapters have different dropout on experts: {dropouts}. Give them the same `expert_dropout`, or 0."
+            )
         self.seed = int(torch.randint(2**62, ())) if self.dropout else 0
         self.scaling: float | torch.Tensor = adapters[0].scaling
         if len(adapters) > 1 or uses_SA is not None:

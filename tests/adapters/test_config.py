@@ -210,6 +210,15 @@ def test_a_second_adapter():
         )
 
 
+def test_active_adapters_with_different_dropout_are_refused():
+    model = adapted("mixtral", r=2, expert_dropout=0.2)
+    model.add_adapter("other", ExpertLoraConfig(r=2, expert_dropout=0.1).for_model(model))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ExpertLoraError, match=r"different dropout.*'default': 0.2, 'other': 0.1"):
+        model.train()(ids())
+    model.eval()(ids())
+
+
 def test_adapters_of_transformers():
     model = small_moe("mixtral")
     model.add_adapter(ExpertLoraConfig(r=2, target_modules=ATTENTION).for_model(model))
