@@ -21,26 +21,15 @@ prints, after the Trainer's own lines (as `make demo` runs it, on 2 cores):
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from domain_texts import DOMAINS, token_blocks
+from domain_texts import DOMAINS, perplexity, token_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import hf_moe
 from hf_moe.plots import plot_load
-
-
-def perplexity(model, blocks: list[list[int]]) -> float:
-    """Perplexity of the language model alone, without the load-balancing term."""
-    model.eval()
-    batches = torch.tensor(blocks)
-    arguments = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
-    with torch.no_grad():
-        losses = [model(batch, labels=batch, **arguments).loss.item() for batch in batches.to(model.device).split(4)]
-    return math.exp(sum(losses) / len(losses))
 
 
 def finetune(model, dataset: Dataset, arguments: argparse.Namespace) -> float:

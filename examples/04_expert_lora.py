@@ -11,26 +11,17 @@ Expert LoRA with transformers' Trainer and TRL's SFTTrainer, and fine-tuning of 
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from domain_texts import DOMAINS, token_blocks
+from domain_texts import DOMAINS, perplexity, token_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import hf_moe
-
-
-def perplexity(model, blocks: list[list[int]]) -> float:
-    """Perplexity of the language model alone."""
-    model.eval()
-    with torch.no_grad():
-        losses = [model(batch, labels=batch).loss.item() for batch in torch.tensor(blocks).to(model.device).split(4)]
-    return math.exp(sum(losses) / len(losses))
 
 
 def training_values(arguments: argparse.Namespace, steps: int, learning_rate: float) -> dict:
@@ -111,7 +102,7 @@ def main() -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config.for_model(model))
-    print(hf_moe.expert_lora_report(model)) if hasattr(hf_moe, "expert_lora_report") else None
+    print(hf_moe.expert_lora_report(model))
     seconds = train(model, datasets["licences"], arguments, arguments.steps, 5e-4)
     rows.append(row("Trainer", model, seconds))
     model.save_pretrained(arguments.output_dir / "adapter")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Two domains of real text that every Python environment has: code and licences.
+Two domains of real text that every Python environment has, code and licences, and the perplexity on them.
 
 Code is the standard library (PSF-2.0); licences are those of the installed packages, without the paragraphs that they
 share. Documents go to training or validation by a hash of their text.
@@ -8,9 +8,12 @@ share. Documents go to training or validation by a hash of their text.
 
 import hashlib
 import importlib.metadata
+import math
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 
 def code() -> Iterator[str]:
@@ -61,3 +64,13 @@ def token_blocks(
     if len(blocks) < count:
         raise ValueError(f"There are only {len(blocks)} blocks of {length} tokens of {domain} ({split}), not {count}.")
     return [blocks[index * len(blocks) // count] for index in range(count)]
+
+
+def perplexity(model, blocks: list[list[int]]) -> float:
+    """Perplexity of the language model alone, without the load-balancing term."""
+    model.eval()
+    arguments = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    with torch.no_grad():
+        batches = torch.tensor(blocks).to(model.device).split(4)
+        losses = [model(batch, labels=batch, **arguments).loss.item() for batch in batches]
+    return math.exp(sum(losses) / len(losses))

@@ -3,13 +3,15 @@
 
 import copy
 import json
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -19,8 +21,8 @@ from transformers.utils import cached_file
 
 from ..training.recorder import find_routers
 from .errors import ExpertLoraError
-from .layers import find_experts, layer_index, name_in_layer, plain_name, projections
-from .param_wrapper import GroupedParamWrapper
+from .layers import find_experts, is_experts, layer_index, name_in_layer, plain_name, projections
+from .param_wrapper import check_adaptable, wrap_experts
 
 
 OURS = ("target_experts", "expert_rank", "expert_dropout", "train_router")
@@ -82,11 +84,12 @@ class ExpertLoraConfig(LoraConfig):
         super().__post_init__()
         self._resolved = False
         self.ranks_by_layer: dict[int | None, list[int]] | None = None
-        if self.r < 1:
-            raise ExpertLoraError(f"r is {self.r}. A rank is at least 1.")
-        if not 0.0 <= self.expert_dropout < 1.0:
+        self._written = {name: copy.deepcopy(getattr(self, name)) for name in (*OURS, *CHANGED)}
+        if not _is_rank(self.r) or self.r < 1:
+            raise ExpertLoraError(f"r is {self.r!r}. A rank is a whole number of at least 1.")
+        if not isinstance(self.expert_dropout, (int, float)) or not 0.0 <= self.expert_dropout < 1.0:
             raise ExpertLoraError(
-                f"expert_dropout is {self.expert_dropout}. Choose a share from 0.0 to less than 1.0."
+                f"expert_dropout is {self.expert_dropout!r}. Choose a share from 0.0 to less than 1.0."
             )
         if self.target_parameters:
             raise ExpertLoraError(
@@ -121,12 +124,18 @@ class ExpertLoraConfig(LoraConfig):
         config._written = {name: copy.deepcopy(getattr(self, name)) for name in (*OURS, *CHANGED)}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         experts = find_experts(base)
+        for name, layer in experts.items():
+            check_adaptable(name, layer)
+        if any(type(module) is ParamWrapper and is_experts(module.get_base_layer()) for module in base.modules()):
+            raise ExpertLoraError(
+                "The experts have an adapter that PEFT computes. Call `enable_grouped_lora(model)` first."
+            )
         routers = {plain_name(name): router for name, router in find_routers(base).items()}
         config.target_parameters = self._parameters(experts, list(routers))
-        config.target_modules = self._modules(base, list(experts), list(routers))
-        config._set_ranks(experts, next(iter(routers.values())).top_k)
+        config.target_modules, caught = self._modules(base, list(experts), list(routers))
+        config._set_ranks(experts, caught, next(iter(routers.values())).top_k)
         config._check_what_peft_makes_of_it(base)
-        config._register_custom_module({type(layer): GroupedParamWrapper for layer in experts.values()})
+        config._register_custom_module(cast(Any, {nn.Module: wrap_experts}))
         config._resolved = True
         return config
 
@@ -139,7 +148,11 @@ class ExpertLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` as PEFT does, and what PEFT has no place for to `hf_moe.json`."""
         super().save_pretrained(save_directory, **kwargs)
-        text = json.dumps({"expert_lora": self._written}, indent=2, sort_keys=True, default=sorted)
+        # What the file beside it says, by which a reader sees that the two belong together.
+        beside = {"r": self.r, "target_parameters": sorted(self.target_parameters or ())}
+        text = json.dumps(
+            {"expert_lora": self._written, "adapter_config": beside}, indent=2, sort_keys=True, default=sorted
+        )
         Path(save_directory, METADATA).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -156,12 +169,19 @@ class ExpertLoraConfig(LoraConfig):
             METADATA,
             subfolder=subfolder or "",
             _raise_exceptions_for_missing_entries=False,
+            **kwargs,
         )
-        written = json.loads(Path(path).read_text(encoding="utf-8")).get("expert_lora") if path else None
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        written = content.get("expert_lora")
         if written is None:
             raise ExpertLoraError(
                 f"{pretrained_model_name_or_path} was not made with an ExpertLoraConfig: it has no {METADATA}. Load it with PEFT's "
                 "`PeftModel.from_pretrained` and call `enable_grouped_lora` on the model."
+            )
+        if content["adapter_config"] != {"r": plain.r, "target_parameters": sorted(plain.target_parameters or ())}:
+            raise ExpertLoraError(
+                f"The {METADATA} of {pretrained_model_name_or_path} belongs to another adapter, which was there before. Delete that "
+                "file, load the adapter with PEFT's `PeftModel.from_pretrained` and call `enable_grouped_lora` on the model."
             )
         if isinstance(written["expert_rank"], dict):
             written["expert_rank"] = {int(layer): ranks for layer, ranks in written["expert_rank"].items()}
@@ -170,7 +190,7 @@ class ExpertLoraConfig(LoraConfig):
     def _parameters(self, experts: dict[str, nn.Module], routers: list[str]) -> list[str]:
         names = {projection for layer in experts.values() for projection in projections(layer)}
         chosen = names if self.target_experts == "all" else self.target_experts
-        if isinstance(chosen, str) or not chosen or not set(chosen) <= names:
+        if not isinstance(chosen, (list, set, tuple)) or not chosen or not set(chosen) <= names:
             raise ExpertLoraError(
                 f"target_experts is {self.target_experts!r}. This model's experts have {', '.join(sorted(names))}: give a list of "
                 "these, or 'all'."
@@ -182,28 +202,36 @@ class ExpertLoraConfig(LoraConfig):
                     "PEFT has no dropout for a router. With train_router=True leave lora_dropout at 0; expert_dropout is free."
                 )
             parameters += [f"{name}.weight" for name in routers]
+        if self.exclude_modules and (
+            excluded := [name for name in experts if check_target_module_exists(_only(self.exclude_modules), name)]
+        ):
+            raise ExpertLoraError(
+                f"exclude_modules {self.exclude_modules!r} catches {excluded[0]!r}, but PEFT does not heed it for parameters. Choose "
+                "layers with `layers_to_transform`, projections with `target_experts`."
+            )
         wanted = self.layers_to_transform
         if wanted is not None:
-            wanted = [wanted] if isinstance(wanted, int) else wanted
-            parameters = [name for name in parameters if layer_index(name) in wanted]
-            if not parameters:
-                layers = [layer_index(name) for name in experts]
-                raise ExpertLoraError(f"layers_to_transform is {wanted}, but experts are in the layers {layers}.")
-            return parameters
+            wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+            layers = [layer_index(name) for name in experts]
+            if unknown := [layer for layer in wanted if layer not in layers]:
+                raise ExpertLoraError(f"layers_to_transform has {unknown[0]}, but experts are in the layers {layers}.")
+            return [name for name in parameters if layer_index(name) in wanted]
         if any(is_parametrized(layer) for layer in experts.values()):
             return parameters  # PEFT knows parametrized weights by their whole names only
         return sorted({name_in_layer(name) for name in parameters})
 
-    def _modules(self, model: nn.Module, experts: list[str], routers: list[str]) -> list[str] | str:
-        modules = {plain_name(name): module for name, module in model.named_modules()}
+    def _modules(self, model: nn.Module, experts: list[str], routers: list[str]) -> tuple[list[str] | str, list[str]]:
+        """`target_modules` as PEFT gets it, and the modules outside the experts that it catches."""
+        modules = {plain_name(name): module for name, module in _outside_adapters(model)}
         chosen = self.target_modules or []
         if chosen == "all-linear":
-            outside = (*experts, *routers)
             output = model.get_output_embeddings()
             caught = [
                 name
                 for name, module in modules.items()
-                if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not name.startswith(outside)
+                if isinstance(module, (nn.Linear, Conv1D))
+                and module is not output
+                and not any(f"{name}.".startswith(f"{outside}.") for outside in (*experts, *routers))
             ]
             chosen = sorted({name_in_layer(name) for name in caught})
         else:
@@ -218,31 +246,45 @@ class ExpertLoraConfig(LoraConfig):
                 f"target_modules {chosen!r} catches {names[0]!r}, which stores its weight the other way round (Conv1D). PEFT "
                 "refuses that in one adapter with experts: leave such modules out, or give them an adapter of their own."
             )
-        return chosen if isinstance(chosen, str) else sorted(chosen)
+        return chosen if isinstance(chosen, str) else sorted(chosen), sorted({name_in_layer(name) for name in caught})
 
-    def _set_ranks(self, experts: dict[str, nn.Module], top_k: int | None) -> None:
+    def _set_ranks(self, experts: dict[str, nn.Module], caught: list[str], top_k: int | None) -> None:
         num_experts = next(iter(experts.values())).num_experts
         rank = self._common_rank(num_experts, top_k)
         if isinstance(self.expert_rank, (list, dict)):
             self.ranks_by_layer = _ranks_by_layer(self.expert_rank, experts, num_experts)
-        if rank == self.r:
-            return
-        # PEFT warns of patterns that match no module, and takes parameters for none: so the modules get the pattern.
-        rank_pattern, alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
-        modules = self.target_modules or ()
-        for pattern in [modules] if isinstance(modules, str) else map(re.escape, modules):
-            rank_pattern.setdefault(pattern, self.r)
-            alpha_pattern.setdefault(pattern, self.lora_alpha)
-        self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
-        alpha = self.lora_alpha * (rank / self.r) ** (0.5 if self.use_rslora else 1.0)
-        self.r, self.lora_alpha = rank, cast(int, int(alpha) if alpha == int(alpha) else alpha)
+        if rank != self.r:
+            # PEFT warns of patterns that match no module, and takes parameters for none: so the modules get the pattern.
+            rank_pattern, alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+            for name in caught:
+                rank_pattern.setdefault(get_pattern_key(list(rank_pattern), name), self.r)
+                alpha_pattern.setdefault(get_pattern_key(list(alpha_pattern), name), self.lora_alpha)
+            self.rank_pattern, self.alpha_pattern = rank_pattern, alpha_pattern
+            alpha = self.lora_alpha * (rank / self.r) ** (0.5 if self.use_rslora else 1.0)
+            self.r, self.lora_alpha = rank, cast(int, int(alpha) if alpha == int(alpha) else alpha)
+        parameters = [f"{name}.{projection}" for name, layer in experts.items() for projection in projections(layer)]
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            for name in parameters:
+                if (key := get_pattern_key(list(getattr(self, pattern) or ()), name)) != name:
+                    raise ExpertLoraError(
+                        f"{pattern} has {key!r}, which PEFT takes for {name} too. The rank of experts is `expert_rank`: give the "
+                        "longer name of the module that is meant."
+                    )
 
     def _common_rank(self, num_experts: int, top_k: int | None) -> int:
         rank = self.expert_rank
-        if isinstance(rank, dict):
-            return max((max(ranks, default=0) for ranks in rank.values()), default=0) or 1
-        if isinstance(rank, list):
-            return max(rank, default=0) or 1
+        if isinstance(rank, (list, dict)):
+            lists = list(rank.values()) if isinstance(rank, dict) else [rank]
+            for ranks in lists:
+                if not isinstance(ranks, list) or not all(
+                    _is_rank(of_expert) and of_expert >= 0 for of_expert in ranks
+                ):
+                    raise ExpertLoraError(
+                        f"expert_rank has {ranks!r}. A list has one whole number per expert, 0 for an expert not to train."
+                    )
+            if not any(any(ranks) for ranks in lists):
+                raise ExpertLoraError("expert_rank is 0 for every expert, so that none would be trained.")
+            return max(max(ranks, default=0) for ranks in lists)
         divisors = {"r": 1, "r//top_k": top_k, "r//num_experts": num_experts}
         if isinstance(rank, str):
             if (divisor := divisors.get(rank)) is None:
@@ -251,10 +293,10 @@ class ExpertLoraConfig(LoraConfig):
                     f"expert_rank is {rank!r}, {known}. Give a number, a list, or one of {', '.join(map(repr, divisors))}."
                 )
             rank = self.r // divisor
-        if isinstance(rank, bool) or rank < 1:
+        if not _is_rank(rank) or rank < 1:
             raise ExpertLoraError(
-                f"expert_rank {self.expert_rank!r} is {rank} with r={self.r}, {num_experts} experts and {top_k} of them per token. "
-                "A rank is at least 1: give a larger `r` or the number itself."
+                f"expert_rank {self.expert_rank!r} is {rank!r} with r={self.r}, {num_experts} experts and {top_k} of them per token. "
+                "A rank is a whole number of at least 1: give a larger `r` or the number itself."
             )
         return rank
 
@@ -285,11 +327,25 @@ def _ranks_by_layer(
             raise ExpertLoraError(
                 f"expert_rank has {len(of_layer)} ranks for layer {layer}, but there are {num_experts} experts."
             )
-        if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 0 for rank in of_layer):
-            raise ExpertLoraError(
-                f"expert_rank is {of_layer} for layer {layer}. A rank is a whole number, 0 for an expert not to train."
-            )
         by_layer[layer] = list(of_layer)
-    if not any(any(of_layer) for of_layer in by_layer.values()):
-        raise ExpertLoraError("expert_rank is 0 for every expert, so that none would be trained.")
     return by_layer
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _only(names: list[str] | str) -> LoraConfig:
+    """A configuration whose targets are these, for PEFT's own way to match names."""
+    return LoraConfig(target_modules=names)
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the model itself, without what PEFT has put beside them."""
+    added: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(added):
+            yield name, module
+        children = [child for child, _ in module.named_children() if child != "base_layer"]
+        if isinstance(module, BaseTunerLayer):
+            added += tuple(f"{name}.{child}" for child in children)

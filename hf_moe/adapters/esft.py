@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from .errors import ExpertLoraError
 from .expert_scores import ExpertSelection
 from .grouped_forward import IMPLEMENTATION, SLICES, Routing
-from .layers import experts_by_layer, projections
-from .param_wrapper import REPLACED, use_implementation
+from .layers import check_replaceable, experts_by_layer, projections
+from .param_wrapper import restore_implementation, use_implementation
 
 
 SELECTION_NAME = "expert_cfg.json"
@@ -62,10 +62,10 @@ class ExpertSlices(nn.Module):
             weight[self.ids_N] = parameter.to(weight.dtype)
 
     @torch.no_grad()
-    def read_from(self, experts: nn.Module) -> None:
-        """Take the trained experts from among the others, after something has loaded these."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(getattr(experts, name)[self.ids_N])
+    def read_from(self, experts: nn.Module, names: list[str]) -> None:
+        """Take parameters of the trained experts from among the others, after something has loaded these."""
+        for name in names:
+            self.get_parameter(name).copy_(getattr(experts, name)[self.ids_N])
 
     def pairs(self, routing: Routing) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the pairs whose expert is trained: their rows, the place of the expert in here, and where these end."""
@@ -137,8 +137,7 @@ def remove_esft(model: PreTrainedModel) -> PreTrainedModel:
         for handle in module.__dict__.pop("_hf_moe_esft_handles"):
             handle.remove()
         delattr(module, SLICES)
-        if REPLACED in module.__dict__:
-            module.config._experts_implementation = module.__dict__.pop(REPLACED)
+        restore_implementation(module)
     return model
 
 
@@ -235,6 +234,7 @@ def _check(model: nn.Module, selection: ExpertSelection, experts: dict[int, tupl
             raise ExpertLoraError(f"The selection names an expert of layer {layer} twice: {ids}.")
         if hasattr(module, SLICES):
             raise ExpertLoraError(f"{name} has trained experts already. Call `remove_esft(model)` first.")
+        check_replaceable(name, module)
         if parametrize.is_parametrized(module) or isinstance(module.down_proj, DTensor):
             raise ExpertLoraError(
                 f"The weights of {name} are quantized or sharded, so that parts of them cannot be trained. Load the model in "
@@ -256,9 +256,20 @@ def _after_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 def _after_load_state_dict(module: nn.Module, incompatible_keys: Any) -> None:
-    missing = incompatible_keys.missing_keys
-    missing[:] = [name for name in missing if f".{SLICES}." not in f".{name}"]
-    getattr(module, SLICES).read_from(module)
+    slices = getattr(module, SLICES)
+    missing, unexpected = incompatible_keys.missing_keys, incompatible_keys.unexpected_keys
+    own = {name for name in missing if f".{SLICES}." in f".{name}"}
+    # The hook is not told the module's name, but its slices' names have it in them.
+    prefix = next(iter(own)).rpartition(f"{SLICES}.")[0] if own else ""
+    names = [f"{prefix}{name}" for name, _ in slices.named_parameters()]
+    loaded = [name for name in names if name not in missing]
+    if not loaded and unexpected:
+        raise ExpertLoraError(
+            f"The checkpoint has other names for {names[0]!r} (such as {unexpected[0]!r}), which `load_state_dict` and the Trainer's "
+            "resumption do not translate. Load it with `from_pretrained` and call `apply_esft` on that model."
+        )
+    missing[:] = [name for name in missing if name not in own]
+    slices.read_from(module, [name.removeprefix(prefix) for name in loaded])
 
 
 def _before_forward(module: Any, args: tuple) -> None:

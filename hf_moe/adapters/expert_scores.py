@@ -19,6 +19,9 @@ from .layers import experts_by_layer
 logger = logging.get_logger(__name__)
 
 KINDS = ("token", "gate")
+FORM = (
+    'Such a file has the form {"experts": {"1": [8, 26], ...}, "shared_experts": false, "non_expert_modules": false}.'
+)
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,16 @@ class ExpertSelection:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            experts = {int(layer): [int(expert) for expert in ids] for layer, ids in values["experts"].items()}
+            experts = {int(layer): list(ids) for layer, ids in values["experts"].items()}
+            switches = {name: values.get(name, False) for name in ("shared_experts", "non_expert_modules")}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ExpertLoraError(
-                f"{path} is no selection of experts ({type(error).__name__}: {error}). Such a file has the form "
-                '{"experts": {"1": [8, 26], ...}, "shared_experts": false, "non_expert_modules": false}.'
+                f"{path} is no selection of experts ({type(error).__name__}: {error}). {FORM}"
             ) from error
-        return cls(experts, bool(values.get("shared_experts")), bool(values.get("non_expert_modules")))
+        is_valid = len(experts) == len(values["experts"]) and all(type(value) is bool for value in switches.values())
+        if not is_valid or not all(type(expert) is int for ids in experts.values() for expert in ids):
+            raise ExpertLoraError(f"{path} is no selection of experts. {FORM}")
+        return cls(experts, **switches)
 
     def ranks(self, num_experts: int, hot: int, cold: int = 0) -> dict[int, list[int]]:
         """
@@ -87,7 +93,16 @@ class ExpertSelection:
             num_experts (`int`): Number of experts in a layer.
             hot (`int`): Rank of the selected experts.
             cold (`int`, *optional*, defaults to 0): Rank of the others.
+
+        Raises:
+            ExpertLoraError: if an expert is selected that there is not.
         """
+        for layer, experts in self.experts.items():
+            if unknown := [expert for expert in experts if not 0 <= expert < num_experts]:
+                raise ExpertLoraError(
+                    f"The selection has expert {unknown[0]} in layer {layer}, but with num_experts={num_experts} there are the experts "
+                    f"0 to {num_experts - 1}."
+                )
         return {
             layer: [hot if expert in experts else cold for expert in range(num_experts)]
             for layer, experts in self.experts.items()
@@ -118,6 +133,9 @@ def score_experts(
             these sum to what the weights of a token sum to.
         num_tokens (`int`, *optional*): Stop after the batch with which so many tokens were seen (ESFT takes 131,072).
 
+    Returns:
+        [`ExpertScores`]
+
     Raises:
         ExpertLoraError: if the model has no experts, or no batch is given.
     """
@@ -146,20 +164,26 @@ def score_experts(
         module.register_forward_pre_hook(add(layer), with_kwargs=True, prepend=True)
         for layer, (_, module) in experts.items()
     ]
-    was_training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in dataloader:
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
-            tokens = batch["input_ids"]
-            mask = batch.get("attention_mask")
+            tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
+            if tokens is None or (mask is not None and mask.shape != tokens.shape):
+                given = {name: tuple(getattr(value, "shape", ())) for name, value in batch.items()}
+                raise ExpertLoraError(
+                    f"A batch has {given}. Give `input_ids` (batch, length), and `attention_mask` of the same shape where there is "
+                    "padding."
+                )
             mask_T = None if mask is None else mask.reshape(-1).to(torch.float64)
             model(**{name: value for name, value in batch.items() if name != "labels"})
             seen += tokens.numel() if mask is None else int(mask.sum())
             if num_tokens is not None and seen >= num_tokens:
                 break
     finally:
-        model.train(was_training)
+        for module, was_training in training.items():
+            module.training = was_training
         for handle in handles:
             handle.remove()
     if not seen:
@@ -173,12 +197,13 @@ def score_experts(
 
 def select_experts(scores: ExpertScores, top_p: float = 0.2) -> ExpertSelection:
     """
-    The fewest experts of each layer whose scores reach a sum, the highest first.
+    The fewest experts of each layer that reach a share of its scores, the highest first.
 
     Args:
         scores ([`ExpertScores`]): From [`score_experts`].
-        top_p (`float`, *optional*, defaults to 0.2): The sum to reach. ESFT takes 0.2 with token scores and 0.1 with gate scores.
-            Experts that were never used are not selected.
+        top_p (`float`, *optional*, defaults to 0.2): The share of the sum of a layer's scores to reach. ESFT takes 0.2 with token
+            scores. With gate scores it takes 0.1 of scores that sum to 0.38, which is a share of 0.26. Experts that were
+            never used are not selected.
 
     Raises:
         ExpertLoraError: if `top_p` is not above 0 and at most 1.
@@ -187,7 +212,8 @@ def select_experts(scores: ExpertScores, top_p: float = 0.2) -> ExpertSelection:
         raise ExpertLoraError(f"top_p is {top_p}. Choose more than 0 and at most 1.")
     selected = {}
     for layer, scores_E in scores.layers.items():
-        sorted_E, order_E = scores_E.double().sort(descending=True, stable=True)
+        shares_E = scores_E.double() / scores_E.double().sum().clamp(min=1e-12)
+        sorted_E, order_E = shares_E.sort(descending=True, stable=True)
         # The sum of those before an expert, with room for the rounding of sums that should be 1.
         before_E = sorted_E.cumsum(0) - sorted_E
         selected[layer] = order_E[(before_E < top_p - 1e-9) & (sorted_E > 0)].tolist()

@@ -11,7 +11,7 @@ first projection (twice I with a gate), I intermediate size, R ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .low_rank import LowRank, grouped_mm, grouped_outer
 
 IMPLEMENTATION = "lora_grouped_mm"
 ACTIVE = "_hf_moe_active_adapters"  # on an experts module, during a forward pass: `ActiveAdapters` by projection
+INPUTS = ("hidden", "weights", "up", "up_bias", "down", "down_bias")  # of `_Experts`, before what differs
 SLICES = "trained_experts"  # a module inside the experts, where some of them are fine-tuned: `ExpertSlices`
 
 
@@ -51,6 +52,7 @@ class Routing:
 
     @classmethod
     def of(cls, experts: nn.Module, top_k_index_TK: torch.Tensor) -> "Routing":
+        """Sort the choices of the tokens `(T, K)`."""
         num_experts = experts.num_experts
         expert_S, order_S = torch.sort(top_k_index_TK.reshape(-1), stable=True)
         all_experts = torch.arange(num_experts, device=expert_S.device, dtype=expert_S.dtype)
@@ -85,10 +87,21 @@ class Routing:
 
 @dataclass(frozen=True)
 class Call:
-    """What one pass through a layer of experts needs besides tensors that have gradients."""
+    """
+    What one pass through a layer of experts needs besides tensors that have gradients.
+
+    Args:
+        experts (`torch.nn.Module`): The layer.
+        routing (`Routing`): None between the passes, where autograd keeps its tensors.
+        up (`LowRank`, *optional*): The adapters of the first projection.
+        down (`LowRank`, *optional*): Those of the second.
+        others (`Sequence[torch.nn.Parameter]`): Parameters of the layer that are no projection: of a gate or norm.
+        first_name (`str`): What the first projection is called.
+        slices (`ExpertSlices`, *optional*): Its experts that are fine-tuned.
+    """
 
     experts: nn.Module
-    routing: Routing
+    routing: Any
     up: LowRank | None
     down: LowRank | None
     others: Sequence[nn.Parameter]
@@ -126,10 +139,12 @@ class Call:
     def gradient_of_weight(
         self, input_SX: torch.Tensor, gradient_SY: torch.Tensor, offsets_E: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Of all experts, or of those that end at `offsets_E`."""
         left, right = (input_SX, gradient_SY) if self.experts.is_transposed else (gradient_SY, input_SX)
         return grouped_outer(left, right, self.routing.offsets_E if offsets_E is None else offsets_E)
 
     def gradient_of_bias(self, gradient_SY: torch.Tensor) -> torch.Tensor:
+        """Of all experts `(E, Y)`."""
         gradient_EY = gradient_SY.new_zeros(self.experts.num_experts, gradient_SY.shape[1])
         return gradient_EY.index_add_(0, self.routing.expert_S, gradient_SY)
 
@@ -168,10 +183,11 @@ class _Experts(torch.autograd.Function):
         normed_SH = experts.post_expert_norm(second_SH) if experts.has_post_expert_norm else second_SH
         output_TH = routing.sum_over_experts(normed_SH, weights_TK).to(hidden_TH.dtype)
         if inner_down is not None and not experts.has_post_expert_norm:
-            inner_down.mul_(routing.weights(weights_TK).to(inner_down.dtype))  # as the gradient of its factor needs it
+            inner_down.mul_(routing.weights(weights_TK))  # as the gradient of its factor needs it
 
-        ctx.call = call
+        ctx.call = replace(call, routing=None)
         ctx.save_for_backward(
+            *(getattr(routing, item.name) for item in fields(routing)),
             hidden_TH,
             weights_TK,
             first_SF,
@@ -192,9 +208,12 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient_TH):
-        call = ctx.call
-        experts, routing, offsets_E = call.experts, call.routing, call.routing.offsets_E
-        hidden_TH, weights_TK, first_SF, inner_up, up_b_EOR, inner_down, down_b_EOR, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        number = len(fields(Routing))
+        routing, saved = Routing(*saved[:number]), saved[number:]
+        call = replace(ctx.call, routing=routing)
+        experts, offsets_E = call.experts, routing.offsets_E
+        hidden_TH, weights_TK, first_SF, inner_up, up_b_EOR, inner_down, down_b_EOR, *rest = saved
         second_SH, up, down, down_bias, *factors = rest
         split = len(call.up.factors) if call.up is not None else 0
         up_factors, down_factors = factors[:split], factors[split : len(call.factors)]
@@ -207,7 +226,7 @@ class _Experts(torch.autograd.Function):
         # Through the weights of the experts: the gradient of what they are multiplied with is not scaled by them yet where
         # that saves a copy as large as the output.
         gradient_SH = routing.to_experts(gradient_TH)
-        scale_S1: torch.Tensor | None = weights_S1.to(down.dtype)
+        scale_S1: torch.Tensor | None = weights_S1
         gradient_of_weights_S = None
         gradients_of_others: list[torch.Tensor | None] = [None] * len(others)
         if second_SH is not None:
@@ -294,9 +313,6 @@ class _Experts(torch.autograd.Function):
             *of_down_factors,
             *of_slice_parameters,
         )
-
-
-INPUTS = ("hidden", "weights", "up", "up_bias", "down", "down_bias")
 
 
 def _sum(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

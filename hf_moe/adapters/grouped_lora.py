@@ -7,11 +7,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from .errors import ExpertLoraError
-from .layers import find_experts, is_experts, layer_index
-from .param_wrapper import REPLACED, GroupedParamWrapper, use_implementation
-
-
-FUSED_IMPLEMENTATIONS = ("sonicmoe", "deepgemm")
+from .layers import check_weights, find_experts, is_experts, layer_index
+from .param_wrapper import GroupedParamWrapper, check_adaptable, restore_implementation, use_implementation
 
 
 def enable_grouped_lora(model: nn.Module) -> nn.Module:
@@ -71,9 +68,7 @@ def disable_grouped_lora(model: nn.Module) -> nn.Module:
                 f"{name} has dropout, which PEFT does not have for experts. Make the adapter with expert_dropout=0."
             )
     for _, wrapper in wrappers:
-        experts = wrapper.get_base_layer()
-        if REPLACED in experts.__dict__:
-            experts.config._experts_implementation = experts.__dict__.pop(REPLACED)
+        restore_implementation(wrapper.get_base_layer())
         wrapper.__class__ = ParamWrapper
     return model
 
@@ -97,24 +92,8 @@ def _check(name: str, wrapper: ParamWrapper) -> None:
     if not isinstance(wrapper, GroupedParamWrapper):
         _check_class(name, wrapper)
     experts = wrapper.get_base_layer()
-    implementation = experts.config._experts_implementation
-    if implementation in FUSED_IMPLEMENTATIONS:
-        raise ExpertLoraError(
-            f"The experts implementation {implementation!r} computes both projections in one kernel, between which LoRA has no "
-            "place. Load the model with `experts_implementation='grouped_mm'`."
-        )
-    for function, of in (
-        (ParamWrapper.forward, "PEFT's ParamWrapper"),
-        (type(experts).forward, type(experts).__name__),
-    ):
-        module = getattr(function, "__module__", "")
-        if not module.startswith(("peft.", "transformers", "hf_moe")):
-            raise ExpertLoraError(
-                f"{of} was changed by {module!r}, whose expert LoRA cannot be stacked with this one. Import hf_moe in a process "
-                "that does not load it."
-            )
-    if wrapper.get_param().ndim != 3:
-        raise ExpertLoraError(f"{name}: the parameter {wrapper.parameter_name!r} is not one matrix per expert.")
+    check_adaptable(name, experts)
+    check_weights(name, experts)
     if wrapper.num_experts != experts.num_experts:
         raise ExpertLoraError(
             f"{name}: the adapter has {wrapper.num_experts} experts, of which this process holds {experts.num_experts} (expert "

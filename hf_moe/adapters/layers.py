@@ -4,9 +4,12 @@
 from torch import nn
 
 from .errors import ExpertLoraError
+from .grouped_forward import IMPLEMENTATION
 
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+REPLACEABLE = (None, "eager", "grouped_mm", "batched_mm", IMPLEMENTATION)
+PATCHERS = ("unsloth", "axolotl")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -24,7 +27,7 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     found = {plain_name(name): module for name, module in model.named_modules() if is_experts(module)}
     if found:
         for name, experts in found.items():
-            _check_weights(name, experts)
+            check_weights(name, experts)
         return found
     others = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("Experts")}
     if others:
@@ -73,11 +76,44 @@ def layer_index(name: str) -> int | None:
 def name_in_layer(name: str) -> str:
     """The part of a name that is the same in all layers: `mlp.experts` of `model.layers.3.mlp.experts`."""
     parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
+    first = next((place for place, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[first + 1 :])
 
 
-def _check_weights(name: str, experts: nn.Module) -> None:
+def check_replaceable(name: str, experts: nn.Module) -> None:
+    """
+    Refuse experts whose forward pass is not one that hf_moe's can stand in for.
+
+    Raises:
+        ExpertLoraError: if they are computed by a fused kernel, by code of another library, or split over processes.
+    """
+    implementation = experts.config._experts_implementation
+    if implementation not in REPLACEABLE:
+        raise ExpertLoraError(
+            f"{name} is computed by the experts implementation {implementation!r}, in which the projections have no place for "
+            f"anything between them that is known here. Load the model with `experts_implementation='grouped_mm'`."
+        )
+    for forward in (type(experts).forward, experts.__dict__.get("forward")):
+        module = getattr(forward, "__module__", None) or ""
+        if module.startswith(PATCHERS):
+            raise ExpertLoraError(
+                f"The forward pass of {name} was changed by {module!r}, with which this one cannot be stacked. Use hf_moe in a "
+                "process that does not load it."
+            )
+    if experts._is_expert_parallel:
+        raise ExpertLoraError(
+            f"{name} holds {experts.num_experts} experts of those that are split over processes (expert parallelism). Parts of "
+            "them cannot be adapted or trained alone. Load the model without `ep_size`; DDP and FSDP2 work."
+        )
+
+
+def check_weights(name: str, experts: nn.Module) -> None:
+    """
+    Refuse weights that are not one matrix per expert in at least 16 bits.
+
+    Raises:
+        ExpertLoraError: if that is so.
+    """
     for projection in projections(experts):
         weight = getattr(experts, projection)
         if weight.dim() != 3 or not weight.is_floating_point() or weight.dtype.itemsize < 2:

@@ -22,12 +22,20 @@ from .errors import ExpertLoraError
 
 ROW_BYTES = 16  # grouped products want rows that start at multiples of this, as those do that they return
 
-FEW = 4  # with fewer rows than a quarter of the experts, these are few
+EXPERTS_PER_ROW = 4  # a row for every so many experts, or fewer, are few
 
 
 def grouped_mm(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """Every row times the matrix of its expert `(S, O)`; rows behind the last offset are left undefined."""
     return _grouped_mm(input_SI, weight_EIO, offsets_E)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in rows that start where grouped products want it: hooks that copy what autograd saves lose that."""
+    if tensor.stride(-2) * tensor.itemsize % ROW_BYTES == 0:
+        return tensor
+    padding = -tensor.shape[-1] % (ROW_BYTES // tensor.itemsize)
+    return tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + padding)[..., : tensor.shape[-1]].copy_(tensor)
 
 
 def add_grouped_mm(
@@ -123,7 +131,7 @@ class LowRank:
         """
         a_ERI = self._a(self.factors)
         inner_SR = grouped_mm(self._dropped(input_SI), a_ERI.transpose(1, 2), offsets_E).mul_(self.scaling)
-        if len(inner_SR) > self.num_experts // FEW:
+        if len(inner_SR) * EXPERTS_PER_ROW > self.num_experts:
             b_EOR = self._b(self.factors)
             add_grouped_mm(output_SO, inner_SR, b_EOR.transpose(1, 2), offsets_E)
             return inner_SR, b_EOR
@@ -131,7 +139,7 @@ class LowRank:
         for part_SR, lora_b in zip(inner_SR.split(self.ranks, dim=1), self.factors[1::2], strict=True):
             wide_SRE = inner_SR.new_zeros(len(part_SR), part_SR.shape[1], self.num_experts)
             wide_SRE.scatter_(2, expert_S[:, None, None].expand(*part_SR.shape, 1), part_SR[..., None])
-            output_SO += wide_SRE.flatten(1) @ lora_b.to(self.dtype).T
+            output_SO.addmm_(wide_SRE.flatten(1), lora_b.to(self.dtype).T)  # in place, which autocast leaves alone
         return inner_SR, None
 
     def add_gradient_to(
@@ -143,7 +151,7 @@ class LowRank:
         offsets_E: torch.Tensor,
     ) -> torch.Tensor:
         """Add to the gradient of the input what comes through the adapters; returns the gradient of what lies between."""
-        b_EOR = self._b(factors) if b_EOR is None else b_EOR
+        b_EOR = self._b(factors) if b_EOR is None else aligned(b_EOR)
         inner_SR = grouped_mm(gradient_SO, b_EOR, offsets_E).mul_(self.scaling)
         if self.dropout:
             gradient_SI += self._dropped(grouped_mm(inner_SR, self._a(factors), offsets_E))
@@ -162,7 +170,7 @@ class LowRank:
     ) -> list[torch.Tensor]:
         """The gradients of `lora_a` and `lora_b` of every adapter, in PEFT's layout."""
         a_ERI = grouped_outer(gradient_SR, self._dropped(input_SI), offsets_E)
-        b_EOR = grouped_outer(gradient_SO, inner_SR, offsets_E)
+        b_EOR = grouped_outer(gradient_SO, aligned(inner_SR), offsets_E)
         gradients = []
         for number, (a, b) in enumerate(
             zip(a_ERI.split(self.ranks, dim=1), b_EOR.split(self.ranks, dim=2), strict=True)
@@ -187,12 +195,7 @@ class LowRank:
             factor.to(self.dtype).view(-1, self.num_experts).T.contiguous().view(self.num_experts, -1, rank)
             for factor, rank in zip(factors[1::2], self.ranks, strict=True)
         ]
-        total = sum(self.ranks)
-        padding = -total % (ROW_BYTES // self.dtype.itemsize)
-        if len(parts) == 1 and not padding:
-            return parts[0]
-        b_EOR = parts[0].new_empty(self.num_experts, parts[0].shape[1], total + padding)[..., :total]
-        return torch.cat(parts, dim=2, out=b_EOR)
+        return aligned(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
 
     def _dropped(self, values_SI: torch.Tensor) -> torch.Tensor:
         """Dropout with the same mask every time, so that backward needs none of it kept."""

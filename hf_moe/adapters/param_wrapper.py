@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .errors import ExpertLoraError
-from .grouped_forward import ACTIVE, IMPLEMENTATION, Routing
-from .layers import layer_index
+from .grouped_forward import ACTIVE, IMPLEMENTATION, SLICES, Routing
+from .layers import check_replaceable, is_experts, layer_index
 from .low_rank import Adapter, LowRank
 
 
 BASE_ADAPTER = "__base__"  # what PEFT calls a row of a batch that uses no adapter
 
-REPLACED = (
-    "_hf_moe_replaced_implementation"  # on an experts module; in its configuration it would get into config.json
-)
+# On an experts module; in its configuration it would get into config.json.
+REPLACED = "_hf_moe_replaced_implementation"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class GroupedParamWrapper(ParamWrapper):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
     ):
-        self.layer = layer_index(kwargs.get("target_name", ""))
+        name = kwargs.get("target_name", "")
+        self.layer = layer_index(name)
+        check_adaptable(name, base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer)
         super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
         use_implementation(self.get_base_layer())
 
@@ -71,7 +73,17 @@ class GroupedParamWrapper(ParamWrapper):
         if dropout := getattr(config, "expert_dropout", 0.0):
             self.lora_dropout[adapter_name] = nn.Dropout(dropout)
         if ranks := getattr(config, "ranks_by_layer", None):
+            if len(ranks.get(self.layer, ())) != self.num_experts:
+                raise ExpertLoraError(
+                    f"The ExpertLoraConfig was made for another model: it has no {self.num_experts} ranks for layer {self.layer}. "
+                    "Call `for_model` with this one."
+                )
             self._keep_ranks(adapter_name, r, torch.tensor(ranks[self.layer]))
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The experts without wrappers, computed as before."""
+        restore_implementation(self.get_base_layer())
+        return super().unload_and_optionally_merge_module(*args, **kwargs)
 
     @torch.no_grad()
     def _keep_ranks(self, adapter_name: str, rank: int, ranks_E: torch.Tensor) -> None:
@@ -123,6 +135,10 @@ class GroupedParamWrapper(ParamWrapper):
                 f"A batch that mixes adapters ({sorted(set(names))}) cannot be run while {self.merged_adapters} are merged into "
                 "the weights. Call `unmerge_adapter()` first."
             )
+        if x.shape[0] % len(names):
+            raise ExpertLoraError(
+                f"`adapter_names` has {len(names)} names, which cannot be those of {x.shape[0]} tokens: give one per sequence."
+            )
         used = [name for name in dict.fromkeys(names) if name != BASE_ADAPTER]
         with self._activate_lora([] if self.disable_adapters else used, names, x.shape[0]):
             return self.base_layer(x, *args, **kwargs)
@@ -139,8 +155,41 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
 GroupedParamWrapper.__name__ = ParamWrapper.__name__
 
 
+def wrap_experts(target: nn.Module, adapter_name: str, **kwargs: Any) -> GroupedParamWrapper | None:
+    """What PEFT asks for every target of an [`ExpertLoraConfig`]: a wrapper for experts, None for everything else."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not is_experts(base) or kwargs.get("parameter_name") is None:
+        return None
+    return GroupedParamWrapper(target, adapter_name, **kwargs)
+
+
+def check_adaptable(name: str, experts: nn.Module) -> None:
+    """
+    Refuse experts on which adapters would have no effect or another one.
+
+    Raises:
+        ExpertLoraError: if the forward pass cannot be replaced, PEFT's wrappers were changed, or the experts are fine-tuned.
+    """
+    check_replaceable(name, experts)
+    for method in ("forward", "_activate_lora", "update_layer", "get_delta_weight", "merge", "unmerge"):
+        module = getattr(ParamWrapper, method).__module__
+        if not module.startswith(("peft.", "contextlib")):
+            raise ExpertLoraError(
+                f"PEFT's ParamWrapper.{method} was changed by {module!r}, whose expert LoRA cannot be stacked with this one. Use "
+                "hf_moe in a process that does not load it."
+            )
+    if hasattr(experts, SLICES):
+        raise ExpertLoraError(f"Experts of {name} are fine-tuned by `apply_esft`. Call `remove_esft(model)` first.")
+
+
 def use_implementation(experts: nn.Module) -> None:
     """Let experts compute with the adapters that are handed to them, and remember how they did before."""
     if experts.config._experts_implementation != IMPLEMENTATION:
         experts.__dict__[REPLACED] = experts.config._experts_implementation
         experts.config._experts_implementation = IMPLEMENTATION
+
+
+def restore_implementation(experts: nn.Module) -> None:
+    """Let them compute as before."""
+    if REPLACED in experts.__dict__:
+        experts.config._experts_implementation = experts.__dict__.pop(REPLACED)

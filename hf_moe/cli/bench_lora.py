@@ -53,7 +53,7 @@ def lora(
     ] = None,
     scale: Annotated[
         float | None,
-        typer.Option(help="What hidden and intermediate size are multiplied with (1/4 on CPU, 1 on GPU)."),
+        typer.Option(help="What hidden and intermediate size are multiplied with (default 1, halved until it fits)."),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     tokens: Annotated[int | None, typer.Option(help="Tokens per step (512 on CPU, 4096 on GPU).")] = None,
@@ -72,12 +72,15 @@ def lora(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
-    tokens = tokens or (4096 if on_gpu else 512)
+    tokens = tokens if tokens is not None else (4096 if on_gpu else 512)
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     if unknown := sorted(set(shape or []) - set(SHAPES)):
         raise ValueError(f"There is no shape {unknown[0]!r}. Choose from {', '.join(SHAPES)}.")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}. Choose float32 or bfloat16.")
+    for option, value, least in (("rank", rank, 1), ("tokens", tokens, 1), ("runs", runs, 1), ("scale", scale, 0)):
+        if value is not None and value < least or value == 0:
+            raise ValueError(f"--{option} is {value}. Give at least 1, for --scale more than 0.")
     rows = []
     for name in shape or SHAPES:
         fitting = scale or _fitting_scale(SHAPES[name], getattr(torch, dtype), on_gpu)
@@ -104,6 +107,11 @@ def _fitting_scale(shape: Shape, dtype: Any, on_gpu: bool) -> float:
     return scale
 
 
+def _scaled(size: int, scale: float) -> int:
+    """A size of which rows of any type start where grouped products want it."""
+    return max(16, round(size * scale / 16) * 16)
+
+
 def make_layers(shape: Shape, scale: float, rank: int, dtype: Any, device: str) -> dict[str, Any]:
     """The same layer three times, on the same weights; `frozen experts` has no adapter."""
     import torch
@@ -114,9 +122,9 @@ def make_layers(shape: Shape, scale: float, rank: int, dtype: Any, device: str) 
 
     module, class_name = shape.experts.split(".")
     experts_class = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), class_name)
-    sizes = {"hidden_size": round(shape.hidden * scale), "num_experts_per_tok": shape.top_k}
+    sizes = {"hidden_size": _scaled(shape.hidden, scale), "num_experts_per_tok": shape.top_k}
     for field in ("intermediate_size", "moe_intermediate_size"):
-        sizes[field] = round(shape.intermediate * scale)
+        sizes[field] = _scaled(shape.intermediate, scale)
     for field in ("num_experts", "num_local_experts"):
         sizes[field] = shape.num_experts
     layers = {}

@@ -68,12 +68,27 @@ def test_peft_loads_it_without_hf_moe(kind, values, tmp_path):
     assert_close(ours.eval()(ids()).logits, vanilla(ids()).logits)
 
 
-def test_ranks_and_scaling():
-    model = adapted("mixtral", r=8, lora_alpha=12, expert_rank="r//top_k", target_modules=ATTENTION)
-    linear = next(module for module in model.modules() if isinstance(module, Linear))
-    wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
-    assert (linear.r["default"], linear.scaling["default"]) == (8, 1.5)
-    assert (wrapper.r["default"], wrapper.scaling["default"]) == (4, 1.5)
+def ranks_and_scalings(model: PeftModel, kind: type) -> set[tuple[int, float]]:
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    return {(module.r["default"], round(module.scaling["default"], 6)) for module in found}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "target_modules"),
+    [
+        ("mixtral", ATTENTION),
+        ("mixtral", ".*_proj"),
+        ("qwen2_moe", ["down_proj"]),  # a name that the experts have too
+        ("nemotron_h", ["up_proj", "down_proj"]),
+    ],
+)
+def test_ranks_and_scaling(kind, target_modules, use_rslora):
+    values = {"r": 8, "lora_alpha": 12, "expert_rank": 2, "use_rslora": use_rslora}
+    model = adapted(kind, target_modules=target_modules, **values)
+    assert ranks_and_scalings(model, Linear) == {(8, round(12 / 8**0.5, 6) if use_rslora else 1.5)}
+    # The factor in front of the product stays what was written: alpha / r, or alpha / sqrt(r).
+    assert ranks_and_scalings(model, ParamWrapper) == {(2, round(12 / 8**0.5, 6) if use_rslora else 1.5)}
 
 
 def test_experts_with_ranks_of_their_own_stay_within_them():
@@ -219,6 +234,58 @@ def test_active_adapters_with_different_dropout_are_refused():
     model.eval()(ids())
 
 
+def test_an_adapter_beside_one_that_peft_computes():
+    model = with_adapter(small_moe("mixtral"))
+    with pytest.raises(ExpertLoraError, match=r"adapter that PEFT computes.*enable_grouped_lora\(model\)"):
+        ExpertLoraConfig(r=2).for_model(model)
+    config = ExpertLoraConfig(r=4, expert_rank=[0, 1, 4, 2], target_modules="all-linear").for_model(
+        enable_grouped_lora(model)
+    )
+    assert not [name for name in config.target_modules if "lora" in name]
+    model.add_adapter("other", config)
+    for _, wrapper in expert_wrappers(model):
+        assert wrapper.lora_A["other"].weight.view(4, 4, -1).abs().amax(-1).gt(0).sum(-1).tolist() == [0, 1, 4, 2]
+
+
+def test_a_configuration_for_another_model():
+    config = ExpertLoraConfig(r=2, expert_dropout=0.1).for_model(small_moe("mixtral"))
+    model = get_peft_model(small_moe("qwen3_moe"), config)
+    assert {wrapper.lora_dropout["default"].p for _, wrapper in expert_wrappers(model)} == {0.1}
+    config = ExpertLoraConfig(expert_rank=[1, 2, 0, 1]).for_model(small_moe("mixtral"))
+    with pytest.raises(ExpertLoraError, match="made for another model: it has no 8 ranks for layer 0"):
+        get_peft_model(small_moe("qwen3_moe", num_experts=8), config)
+
+
+def test_a_file_that_another_adapter_was_saved_over(tmp_path):
+    adapted("mixtral", r=4, expert_rank=[2, 0, 1, 2]).save_pretrained(tmp_path)
+    with_adapter(small_moe("mixtral"), r=3).save_pretrained(tmp_path)
+    with pytest.raises(ExpertLoraError, match=r"hf_moe.json of .* belongs to another adapter.*Delete that file"):
+        ExpertLoraConfig.from_pretrained(tmp_path)
+
+
+def test_all_linear_takes_modules_with_numbers_for_names():
+    model = small_moe("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.gate_extra = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    config = ExpertLoraConfig(r=2, target_modules="all-linear").for_model(model)
+    assert "mlp.gate_extra.0" in config.target_modules
+
+
+def test_saving_a_configuration_that_knows_no_model(tmp_path):
+    written = ExpertLoraConfig(r=4, expert_dropout=0.1)
+    written.save_pretrained(tmp_path)
+    assert ExpertLoraConfig.from_pretrained(tmp_path).expert_dropout == 0.1
+
+
+def test_unloading_restores_the_experts_implementation():
+    for leave in ("unload", "merge_and_unload"):
+        base = small_moe("mixtral")
+        base.set_experts_implementation("batched_mm")
+        model = get_peft_model(base, ExpertLoraConfig(r=2).for_model(base))
+        assert base.config._experts_implementation == "lora_grouped_mm"
+        assert getattr(model, leave)().config._experts_implementation == "batched_mm"
+
+
 def test_adapters_of_transformers():
     model = small_moe("mixtral")
     model.add_adapter(ExpertLoraConfig(r=2, target_modules=ATTENTION).for_model(model))
@@ -247,8 +314,21 @@ def test_another_experts_implementation_is_refused():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        ("mixtral", {"r": 0}, "r is 0. A rank is at least 1"),
+        ("mixtral", {"r": 0}, "r is 0. A rank is a whole number of at least 1"),
+        ("mixtral", {"r": 2.5}, "r is 2.5. A rank is a whole number"),
         ("mixtral", {"expert_rank": 0}, "expert_rank 0 is 0.*at least 1"),
+        ("mixtral", {"expert_rank": 2.5}, "expert_rank 2.5 is 2.5.*whole number"),
+        ("mixtral", {"expert_rank": None}, "expert_rank None.*whole number"),
+        ("mixtral", {"expert_rank": [1, "a", 1, 1]}, r"\[1, 'a', 1, 1\].*whole number"),
+        ("mixtral", {"expert_rank": {0: None}}, "has None. A list has"),
+        ("mixtral", {"target_experts": 5}, "target_experts is 5"),
+        ("mixtral", {"expert_dropout": "a"}, "expert_dropout is 'a'"),
+        (
+            "mixtral",
+            {"expert_rank": 2, "rank_pattern": {"down_proj": 2}},
+            "rank_pattern has 'down_proj'.*`expert_rank`",
+        ),
+        ("mixtral", {"exclude_modules": ["layers.0.mlp.experts"]}, "exclude_modules.*layers_to_transform"),
         (
             "mixtral",
             {"r": 2, "expert_rank": "r//num_experts"},
@@ -267,7 +347,7 @@ def test_another_experts_implementation_is_refused():
         ("mixtral", {"target_modules": ["w1", "w3"]}, r"PEFT takes the module names \['w1', 'w3'\]"),
         ("deepseek_v3", {"target_modules": "all-linear"}, "PEFT takes the module names.*shared_experts.gate_proj"),
         ("moe_gpt2", {"target_modules": ["c_attn"]}, "'transformer.h.0.attn.c_attn'.*Conv1D.*leave such modules out"),
-        ("mixtral", {"layers_to_transform": 9}, r"\[9\], but experts are in the layers \[0, 1, 2\]"),
+        ("mixtral", {"layers_to_transform": [0, 9]}, r"has 9, but experts are in the layers \[0, 1, 2\]"),
         ("mixtral", {"train_router": True, "lora_dropout": 0.1}, "no dropout for a router"),
     ],
 )

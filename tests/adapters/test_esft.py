@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import assert_close
 from safetensors.torch import load_file, save_file
-from small_adapters import ALL, ids, loss_and_gradients, small_moe, with_adapter
+from small_adapters import ALL, Dequantized, ids, loss_and_gradients, small_moe, with_adapter
+from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 
 from hf_moe import ExpertSelection, apply_esft, load_esft, remove_esft, save_esft
@@ -213,6 +214,54 @@ def test_the_trainer_resumes(tmp_path):
     again = train(4, resume=True)
     for name, tensor in whole.items():
         assert_close(again[name], tensor)
+
+
+def test_loading_something_else_keeps_what_was_trained():
+    model = small_moe("mixtral")
+    model = apply_esft(model, chosen(model))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.mul_(1.5)
+    expected = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    model.load_state_dict({"lm_head.weight": model.lm_head.weight.detach().clone()}, strict=False)
+    assert all(torch.equal(trained[name], value) for name, value in expected.items())
+    model.load_state_dict(model.state_dict())
+    assert all(torch.equal(trained[name], value) for name, value in expected.items())
+
+
+def test_checkpoints_with_other_names_are_refused():
+    """Under which transformers publishes Mixtral, and which the Trainer does not translate when it resumes."""
+    model = small_moe("mixtral")
+    model = apply_esft(model, chosen(model))
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
+    state["model.layers.0.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(2, 2)
+    with pytest.raises(ExpertLoraError, match=r"other names for 'model.layers.0.*block_sparse_moe.*from_pretrained"):
+        model.load_state_dict(state, strict=False)
+
+
+def test_experts_of_other_devices_are_not_trained_here():
+    model = small_moe("gpt_oss")
+    model = apply_esft(model, ExpertSelection({0: [1, 3]}))
+    experts = model.model.layers[0].mlp.experts
+    index = torch.tensor([[0, 4], [4, 1], [2, 3], [4, 4], [1, 0], [3, 4]])
+    weights = torch.rand(6, 2).masked_fill(index == 4, 0.0)
+    hidden = torch.randn(6, 32)
+    results = []
+    for parallel, of in ((True, index), (False, index.clamp(max=3))):
+        experts._is_expert_parallel = parallel
+        model.zero_grad()
+        experts(hidden, of, weights).square().sum().backward()
+        results.append([parameter.grad.clone() for parameter in experts.trained_experts.parameters()])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected)
+
+
+def test_quantized_experts_are_refused():
+    model = small_moe("mixtral")
+    parametrize.register_parametrization(model.model.layers[0].mlp.experts, "down_proj", Dequantized())
+    with pytest.raises(ExpertLoraError, match=r"quantized or sharded.*selection.ranks"):
+        apply_esft(model, ExpertSelection({0: [1]}))
 
 
 @pytest.mark.parametrize(

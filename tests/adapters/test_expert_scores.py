@@ -77,8 +77,13 @@ def test_gate_scores_are_mean_routing_weights():
 
 def test_scoring_stops_and_leaves_the_model_as_it_was(caplog):
     model = small_moe("mixtral").train()
+    model.model.layers[1].eval()
     assert score_experts(model, batches(padding=False), num_tokens=20).num_tokens == 24
+    assert not caplog.text
+    assert score_experts(model, batches(padding=False), num_tokens=100).num_tokens == 45
+    assert "45 tokens, fewer than the 100" in caplog.text
     assert model.training
+    assert not model.model.layers[1].mlp.training
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
@@ -109,10 +114,28 @@ def test_files_are_those_of_esft(tmp_path):
 
 def test_ranks_for_lora_of_selected_experts():
     assert ExpertSelection({1: [3, 0]}).ranks(4, hot=8, cold=1) == {1: [8, 1, 1, 8]}
+    with pytest.raises(ExpertLoraError, match="expert 99 in layer 0, but with num_experts=4"):
+        ExpertSelection({0: [99, 1]}).ranks(4, hot=8)
+
+
+def test_shares_of_gate_scores_do_not_depend_on_their_scale():
+    scores = torch.tensor([0.1, 0.05, 0.7, 0.15])
+    for scale in (0.38, 1.0, 2.5):
+        assert select_experts(ExpertScores("gate", {0: scale * scores}, 10), top_p=0.8).experts == {0: [2, 3]}
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", '{"experts": {"a": [1]}}', '{"experts": [1]}', "not json", '{"layers": {}}']
+    "text",
+    [
+        "[1, 2]",
+        '{"experts": {"1": [8.7]}}',
+        '{"experts": {"1": [1], "01": [2]}}',
+        '{"experts": {}, "shared_experts": "false"}',
+        '{"experts": {"a": [1]}}',
+        '{"experts": [1]}',
+        "not json",
+        '{"layers": {}}',
+    ],
 )
 def test_other_files_are_refused(text, tmp_path):
     path = tmp_path / "expert_cfg.json"
@@ -129,6 +152,12 @@ def test_what_is_refused():
             select_experts(scores, top_p)
     with pytest.raises(ExpertLoraError, match="'token', 'gate'"):
         score_experts(model, batches(), kind="weight")
+    for batch in (
+        {"inputs_embeds": torch.zeros(1, 3, 32)},
+        {"input_ids": ids(), "attention_mask": torch.ones(2, 1, 12, 12)},
+    ):
+        with pytest.raises(ExpertLoraError, match=r"A batch has .*Give `input_ids` \(batch, length\)"):
+            score_experts(model, [batch])
     with pytest.raises(ExpertLoraError, match="No token was seen"):
         score_experts(model, [])
     with pytest.raises(ExpertLoraError, match="Linear has no layer of experts"):

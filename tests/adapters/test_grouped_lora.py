@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
+from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft
 from hf_moe.adapters.errors import ExpertLoraError
 from hf_moe.adapters.grouped_lora import GroupedParamWrapper, disable_grouped_lora, enable_grouped_lora
 
@@ -106,6 +107,43 @@ def gradients_of_layer(model: torch.nn.Module, *inputs: torch.Tensor) -> dict[st
     return {"output": output.detach(), **dict(zip(trained, gradients, strict=True))}
 
 
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_tensors_can_be_copied(rank, dtype):
+    """As programs do that move them to another device between the passes."""
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral"), r=rank)).to(dtype)
+    _, expected = loss_and_gradients(model)
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, lambda tensor: tensor):
+        _, found = loss_and_gradients(model)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, 1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_few_tokens_and_many_experts(kind, length):
+    """Where laying out the factors of all experts is avoided."""
+    vanilla = with_adapter(small_moe(kind, num_local_experts=32))
+    vanilla.add_adapter("other", LoraConfig(r=5, target_parameters=targets(small_moe(kind))))
+    fill(vanilla, 1).base_model.set_adapter(["default", "other"])
+    model = enable_grouped_lora(copy.deepcopy(vanilla))
+    tokens = ids(1, length)
+    found, expected = (of(input_ids=tokens).logits for of in (model, vanilla))
+    assert_close(found, expected)
+    gradients = []
+    for of, logits in ((model, found), (vanilla, expected)):
+        of.zero_grad()
+        logits.square().sum().backward()
+        gradients.append({name: p.grad for name, p in of.named_parameters() if p.grad is not None})
+    assert_same_gradients(*gradients)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        wrapper, of_peft = (next(m for m in of.modules() if isinstance(m, ParamWrapper)) for of in (model, vanilla))
+        inputs = (torch.randn(length, 32), torch.randint(32, (length, 2)), torch.rand(length, 2))
+        output = wrapper(*inputs)
+    with torch.no_grad():
+        assert_close(output, of_peft(*inputs))
+
+
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_every_rank(rank):
     vanilla = with_adapter(small_moe("mixtral"), r=rank, use_rslora=True)
@@ -188,6 +226,15 @@ def test_files_are_interchangeable(tmp_path):
     assert_close(enable_grouped_lora(native)(ids()).logits, vanilla(ids()).logits)
 
 
+def test_mixed_batches_that_cannot_be_run():
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral")).eval())
+    with pytest.raises(ExpertLoraError, match="5 names, which cannot be those of 48 tokens"):
+        model(ids(4), adapter_names=["default"] * 5)
+    model.merge_adapter()
+    with pytest.raises(ExpertLoraError, match=r"while \['default'\] are merged.*unmerge_adapter"):
+        model(ids(4), adapter_names=["default"] * 4)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_a_batch_can_mix_adapters(kind):
     model = with_adapter(small_moe(kind)).eval()
@@ -239,12 +286,47 @@ def test_weights_of_all_experts_are_never_built():
     assert max(saved) < size
 
 
-@pytest.mark.parametrize("implementation", ["sonicmoe", "deepgemm"])
+@pytest.mark.parametrize("implementation", ["sonicmoe", "deepgemm", "deepgemm_megamoe", "scattermoe"])
 def test_kernels_without_a_place_for_lora_are_refused(implementation):
-    model = with_adapter(small_moe("mixtral"))
-    model.config._experts_implementation = implementation
-    with pytest.raises(ExpertLoraError, match=f"{implementation}.*experts_implementation='grouped_mm'"):
-        enable_grouped_lora(model)
+    for use in (enable_grouped_lora, ExpertLoraConfig(r=2).for_model):
+        model = with_adapter(small_moe("mixtral")) if use is enable_grouped_lora else small_moe("mixtral")
+        model.config._experts_implementation = implementation
+        with pytest.raises(ExpertLoraError, match=f"{implementation}.*experts_implementation='grouped_mm'"):
+            use(model)
+
+
+def test_experts_that_cannot_be_adapted_are_refused():
+    model = small_moe("mixtral")
+    experts = model.model.layers[1].mlp.experts
+
+    def forward(*args):
+        return args[0]
+
+    forward.__module__ = "axolotl.monkeypatch.moe"
+    experts.forward = forward
+    with pytest.raises(ExpertLoraError, match="layers.1.mlp.experts was changed by 'axolotl"):
+        ExpertLoraConfig(r=2).for_model(model)
+    del experts.forward
+    experts._is_expert_parallel = True
+    with pytest.raises(ExpertLoraError, match="expert parallelism.*without `ep_size`"):
+        ExpertLoraConfig(r=2).for_model(model)
+    experts._is_expert_parallel = False
+    apply_esft(model, ExpertSelection({0: [1]}))
+    with pytest.raises(ExpertLoraError, match=r"fine-tuned by `apply_esft`.*remove_esft\(model\)"):
+        ExpertLoraConfig(r=2).for_model(model)
+
+
+def test_dropout_keeps_the_expectation():
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral"))).train()
+    wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
+    inputs = (torch.randn(4, 32), torch.randint(4, (4, 2)), torch.rand(4, 2))
+    with torch.no_grad():
+        expected = wrapper(*inputs)
+        # Of the second projection alone, in whose mask the output is linear.
+        assert wrapper.parameter_name == "down_proj"
+        wrapper.lora_dropout["default"] = torch.nn.Dropout(0.3)
+        mean = sum(wrapper(*inputs) for _ in range(1000)) / 1000
+    assert_close(mean, expected, 0.02)
 
 
 def test_models_that_are_split_by_expert_are_refused():
@@ -270,7 +352,7 @@ def test_patched_wrappers_are_refused(monkeypatch):
 
     forward.__module__ = "unsloth_zoo.temporary_patches.moe_utils"
     monkeypatch.setattr(ParamWrapper, "forward", forward)
-    with pytest.raises(ExpertLoraError, match="ParamWrapper was changed by 'unsloth_zoo"):
+    with pytest.raises(ExpertLoraError, match="ParamWrapper.forward was changed by 'unsloth_zoo"):
         enable_grouped_lora(model)
 
 
@@ -293,7 +375,7 @@ def test_weights_that_are_computed_when_asked_for():
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_dropout_is_on_the_activations(kind):
-    """Its mean over many masks is the pass without it; with one mask, gradients are those of finite differences."""
+    """Not in evaluation; with one mask, gradients are those of finite differences."""
     model = enable_grouped_lora(with_adapter(small_moe(kind))).train()
     without = model(ids()).logits.detach()
     for module in model.modules():

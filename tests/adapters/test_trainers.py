@@ -44,7 +44,9 @@ def test_trainers(trl, kind, tmp_path):
         )
     else:
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        trainer = Trainer(get_peft_model(model, config), TrainingArguments(str(tmp_path), **VALUES), train_dataset=data)
+        trainer = Trainer(
+            get_peft_model(model, config), TrainingArguments(str(tmp_path), **VALUES), train_dataset=data
+        )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
