@@ -30,8 +30,10 @@ _LAZY = {
     "merge_experts": "editing.merge",
     "prune_experts": "editing.prune",
     "ExpertLoraConfig": "adapters.config",
+    "check_adapter": "adapters.doctor",
     "disable_grouped_lora": "adapters.grouped_lora",
     "enable_grouped_lora": "adapters.grouped_lora",
+    "expert_lora_report": "adapters.report",
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
 }

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`find_experts`: the layers of experts of any model in transformers, what they are called and what they are made of."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .errors import ExpertLoraError
@@ -59,6 +61,17 @@ def name_in_layer(name: str) -> str:
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
+
+
+def number_ranges(numbers: Iterable[int | None]) -> str:
+    """Numbers of layers or experts, as `0-3, 7`."""
+    spans: list[list[int]] = []
+    for number in sorted({number for number in numbers if number is not None}):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def _check_weights(name: str, experts: nn.Module) -> None:
