@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny mixtures of experts of every layout with adapters from PEFT, and how to compare two of them."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from conftest import TINY, moe_model, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 
 MLA = {
@@ -46,6 +50,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OURS = {"moe_llama": {}, "moe_llama biased": {"mlp_bias": True}, "moe_gpt2": {}}
 ALL = [*LAYOUTS, *OURS]
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def small_moe(kind: str, **values) -> transformers.PreTrainedModel:
@@ -92,3 +97,12 @@ def loss_and_gradients(model: torch.nn.Module, **arguments) -> tuple[float, dict
     loss = model(input_ids=ids(), labels=ids(), **arguments).loss
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def change(folder: Path, changed: Callable[[dict], Any] = lambda tensors: None, **fields) -> None:
+    """Change the tensors of an adapter, and fields of its configuration."""
+    tensors = load_file(folder / FILES[1])
+    changed(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILES[1])
+    config = json.loads((folder / FILES[0]).read_text()) | fields
+    (folder / FILES[0]).write_text(json.dumps(config))

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The single checks of an adapter file: configuration, layout, keys, shapes, values, effect."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .factors import Factors, Layout
+from .layers import layer_index, name_in_layer, number_ranges
+
+
+OK, WARNING, PROBLEM, SKIPPED = "ok", "warning", "problem", "not run"
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.lora_")  # how transformers 4 named the experts of most models
+EXAMPLES = 3  # so many names are given where there are more
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    The result of a check.
+
+    Args:
+        name (`str`): What was looked at.
+        status (`str`): `"ok"`, `"warning"`, `"problem"` or `"not run"`.
+        found (`str`): The result in a few words.
+        details (`str`): Of warnings and problems, what it is and what to do.
+    """
+
+    name: str
+    status: str
+    found: str
+    details: str = ""
+
+
+def check_configuration(config: dict[str, Any]) -> Check:
+    """What PEFT would refuse when it loads the adapter."""
+    parameters = config.get("target_parameters") or []
+    if parameters and config.get("lora_dropout"):
+        return Check(
+            "configuration",
+            PROBLEM,
+            f"lora_dropout {config['lora_dropout']} beside target_parameters",
+            f"adapter_config.json has lora_dropout={config['lora_dropout']}, with which PEFT refuses to load an adapter of experts. "
+            "Set it to 0.0 there: it only matters in training. To train on, use an ExpertLoraConfig, whose expert_dropout is free.",
+        )
+    version = config.get("peft_version")
+    return Check(
+        "configuration",
+        OK,
+        f"LoRA, r={config.get('r')}, lora_alpha={config.get('lora_alpha')}, "
+        + (f"PEFT {version}" if version else "PEFT before 0.18"),
+    )
+
+
+def check_base(config: dict[str, Any], base: str, model_module: str) -> Check:
+    """
+    Whether the model is the one that the configuration names: another of the same sizes cannot be told from it.
+
+    Args:
+        config (`dict`): What `adapter_config.json` holds.
+        base (`str`): Folder or Hub id of the model.
+        model_module (`str`): The module of the model's class.
+    """
+    made_for = config.get("base_model_name_or_path")
+    modeling = (config.get("auto_mapping") or {}).get("parent_library", "").split(".")[-1]
+    if modeling.startswith("modeling_") and modeling != model_module.split(".")[-1]:
+        name = config["auto_mapping"]["base_model_class"]
+        return Check(
+            "base model",
+            # Attention may be the same where experts are not: that of a dense model and its mixture of experts.
+            PROBLEM if config.get("target_parameters") else WARNING,
+            f"made for a {name}",
+            f"adapter_config.json says that the adapter was made for a {name}{named(made_for)}, and {base} is of another "
+            f"architecture ({model_module.split('.')[-1]}). Give the model that it was made for.",
+        )
+    if not made_for:
+        return Check("base model", OK, "adapter_config.json names none")
+    if Path(made_for).name.lower() == Path(base).name.lower():
+        return Check("base model", OK, made_for)
+    return Check(
+        "base model",
+        WARNING,
+        f"made for {made_for}",
+        f"adapter_config.json says that the adapter was made for {made_for}, and it was compared with {base}. If that is another "
+        "model of the same sizes, the adapter will load and be wrong.",
+    )
+
+
+def check_layout(layout: Layout | None, factors: list[Factors], names: Iterable[str]) -> Check:
+    """Whether input and output are the right way round."""
+    if layout is not None and layout.is_old:
+        return Check(
+            "layout",
+            PROBLEM,
+            "input and output of the experts are swapped",
+            "The file is in the layout of PEFT 0.18 (before 0.19.1), which had input and output of experts the other way round: "
+            f"today's PEFT refuses it or, where matrices are square, loads it transposed. That is known by {layout.because}. "
+            "Convert it with `hf-moe doctor ADAPTER --base MODEL --fix OUTPUT`.",
+        )
+    if layout is not None:
+        return Check("layout", OK, f"that of PEFT 0.19.1 and later, by {layout.because}")
+    if any(SINGLE_EXPERT.search(name) for name in names):
+        return Check("layout", OK, "single experts, as of transformers 4: PEFT joins them in loading")
+    if any(one.num_experts > 1 for one in factors):
+        return Check("layout", SKIPPED, "the factors of the experts are not there, or of other sizes")
+    return Check("layout", OK, "no experts are adapted")
+
+
+def check_keys(expected: Iterable[str], found: Iterable[str], made_for: str | None) -> Check:
+    """Whether every tensor has a place, and every place a tensor."""
+    expected, found = set(expected), set(found)
+    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    if not missing and not unexpected:
+        return Check("keys", OK, f"{len(expected)} tensors, each with its place in the model")
+    details = []
+    if unexpected:
+        details.append(f"{len(unexpected)} of {len(found)} tensors have no place in the model: {_some(unexpected)}.")
+        details.append("PEFT would leave them out without an error.")
+    if missing:
+        details.append(f"{len(missing)} of {len(expected)} tensors are missing in the file: {_some(missing)}.")
+    if any(SINGLE_EXPERT.search(name) for name in unexpected):
+        details.append(
+            "Some are of single experts, as in classes where every expert is a module (transformers 4). PEFT joins these for "
+            "a few classes only. Merge the adapter into the model that it was made on, or train it again."
+        )
+    elif any(".default." in name for name in unexpected):
+        details.append(
+            "The names have an adapter's name in them: save with `save_pretrained` instead of `state_dict`."
+        )
+    else:
+        if _layers(found) != _layers(expected):
+            details.append(f"The file has layers {_layers(found)}, and {_layers(expected)} are expected.")
+        details.append(
+            f"The adapter is of another base model or class{named(made_for)}, or was saved by another program."
+        )
+    counts = [f"{len(missing)} missing"] if missing else []
+    counts += [f"{len(unexpected)} without a place"] if unexpected else []
+    return Check("keys", PROBLEM, ", ".join(counts), " ".join(details))
+
+
+def check_shapes(
+    expected: dict[str, torch.Size], tensors: dict[str, torch.Tensor], factors: list[Factors], made_for: str | None
+) -> Check:
+    """Whether the tensors are as large as the model and the configuration have it."""
+    common = expected.keys() & tensors.keys()
+    wrong = sorted(name for name in common if tensors[name].shape != expected[name])
+    if not wrong:
+        return Check(
+            "shapes", OK, "ranks, experts and sizes as in the model" if common else "there is nothing to compare"
+        )
+    described: dict[tuple[str, str], list[int | None]] = defaultdict(list)
+    only_ranks = True
+    for one in factors:
+        if not {one.a, one.b} & set(wrong):
+            continue
+        a, b = tensors.get(one.a), tensors.get(one.b)
+        fits = (a is None or a.shape[-1] == one.in_features) and (b is None or b.shape[0] == one.out_features)
+        only_ranks = only_ranks and fits
+        described[name_in_layer(one.name), _compare(one, a, b)].append(layer_index(one.name))
+    explained = {name for one in factors for name in (one.a, one.b)}
+    facts = [
+        f"{name} ({comparison}; layer {number_ranges(layers)})" for (name, comparison), layers in described.items()
+    ]
+    facts += [
+        f"{name} is {tuple(tensors[name].shape)}, in the model {tuple(expected[name])}"
+        for name in wrong
+        if name not in explained
+    ]
+    of_modules = [one for one in factors if one.num_experts == 1 and {one.a, one.b} & set(wrong)]
+    if only_ranks and of_modules:
+        cause = "The ranks are not those of adapter_config.json: correct `r` and `rank_pattern` there, if the file is the right one."
+    elif only_ranks and described:
+        cause = (
+            f"Either the adapter is of a base model with another number of experts{named(made_for)}, or its rank is not that of "
+            "adapter_config.json (`r`, `rank_pattern`)."
+        )
+    else:
+        cause = f"The adapter is of another base model{named(made_for)}."
+    return Check("shapes", PROBLEM, f"{len(wrong)} tensors of other sizes", f"{'; '.join(facts[:6])}. {cause}")
+
+
+def _compare(one: Factors, a: torch.Tensor | None, b: torch.Tensor | None) -> str:
+    """What the file has, and what the model."""
+    parts = []
+    if a is not None and len(a) != one.rank * one.num_experts:
+        if one.num_experts == 1:
+            parts.append(f"rank {len(a)} instead of {one.rank}")
+        else:
+            readings = [f"{len(a) // one.rank} experts of rank {one.rank}"] if len(a) % one.rank == 0 else []
+            if len(a) % one.num_experts == 0:
+                readings.append(f"{one.num_experts} experts of rank {len(a) // one.num_experts}")
+            found = " or ".join(readings) or f"{len(a)} rows"
+            parts.append(f"{found} instead of {one.num_experts} experts of rank {one.rank}")
+    if a is not None and a.shape[-1] != one.in_features:
+        parts.append(f"input {a.shape[-1]} instead of {one.in_features}")
+    if b is not None and len(b) != one.out_features:
+        parts.append(f"output {len(b)} instead of {one.out_features}")
+    return ", ".join(parts) or "its two factors do not fit each other"
+
+
+def check_values(tensors: dict[str, torch.Tensor]) -> Check:
+    """Whether all numbers are finite."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if not broken:
+        return Check("values", OK, f"all finite ({sum(tensor.numel() for tensor in tensors.values()):,} numbers)")
+    return Check(
+        "values",
+        PROBLEM,
+        f"NaN or infinite in {len(broken)} of {len(tensors)} tensors",
+        f"{_some(broken)}: values that are NaN or infinite, so that the model would give nothing else. The training diverged or "
+        "the file is damaged: take an earlier checkpoint.",
+    )
+
+
+def check_effect(factors: list[Factors], tensors: dict[str, torch.Tensor]) -> Check:
+    """Whether the products of the factors are other than zero."""
+    silent: dict[str, list[int | None]] = defaultdict(list)
+    silent_experts = num_experts = 0
+    for one in factors:
+        a_is_zero, b_is_zero = _zero_experts(one, tensors)
+        if (a_is_zero | b_is_zero).all():
+            silent[name_in_layer(one.name)].append(layer_index(one.name))
+        elif one.num_experts > 1:
+            num_experts += one.num_experts
+            silent_experts += int(
+                (b_is_zero & ~a_is_zero).sum()
+            )  # where both are zero, no rank was given to the expert
+    others = len(tensors) - 2 * len(factors)
+    if sum(map(len, silent.values())) == len(factors) and not others:
+        return Check(
+            "effect",
+            PROBLEM,
+            "none: lora_B is zero everywhere",
+            "lora_B is zero everywhere, as before the first training step, so that the adapter changes nothing. Save the model that "
+            "was trained; if it is that, its adapters got no gradient: `hf-moe doctor --run` shows which.",
+        )
+    if silent:
+        places = "; ".join(f"{name} in layer {number_ranges(layers)}" for name, layers in silent.items())
+        return Check(
+            "effect",
+            WARNING,
+            f"none in {sum(map(len, silent.values()))} of {len(factors)} targets",
+            f"Without effect, since a factor is zero: {places}. Were they meant to train?",
+        )
+    if silent_experts:
+        return Check(
+            "effect",
+            WARNING,
+            f"none in {silent_experts} of {num_experts} experts",
+            f"{silent_experts} of {num_experts} adapted experts have a lora_B of zero: no token reached them in training, or they "
+            "were left out.",
+        )
+    return Check("effect", OK, f"none of {len(factors)} targets is without")
+
+
+def _zero_experts(one: Factors, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per expert whether each of its factors is zero."""
+    a_E = tensors[one.a].reshape(one.num_experts, -1).eq(0).all(-1)
+    b_E = tensors[one.b].reshape(-1, one.num_experts).eq(0).all(0)
+    return a_E, b_E
+
+
+def _layers(names: Iterable[str]) -> str:
+    return number_ranges({int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}) or "none"
+
+
+def named(made_for: str | None) -> str:
+    """Of which model the configuration says that it is for, to be added to a sentence."""
+    return f" ({made_for}, says adapter_config.json)" if made_for else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
+    return ", ".join(names[:EXAMPLES]) + more
