@@ -20,23 +20,12 @@ from transformers import PreTrainedModel
 
 from .adapter_file import AdapterFile
 from .base_model import without_weights
+from .checks import OK, PROBLEM, Check, check_base, check_configuration, check_layout, check_patterns, named
 from .errors import ExpertLoraError
 from .factors import Factors, expected_factors, read_layout, swap_all
-from .file_checks import (
-    OK,
-    PROBLEM,
-    Check,
-    check_base,
-    check_configuration,
-    check_effect,
-    check_keys,
-    check_layout,
-    check_shapes,
-    check_values,
-    named,
-)
 from .grouped_lora import enable_grouped_lora, expert_wrappers
 from .report import ExpertLoraReport, expert_lora_report
+from .tensor_checks import check_effect, check_keys, check_shapes, check_values
 
 
 @dataclass(frozen=True)
@@ -119,11 +108,15 @@ def diagnose(
     progress: bool = False,
 ) -> Diagnosis:
     """
-    The same, with what is wrong in the checks instead of an error.
+    The same as [`check_adapter`], with what is wrong in the checks instead of an error.
+
+    Args:
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar while the adapter is read.
 
     Raises:
         ExpertLoraError: if there is no LoRA adapter or no model.
     """
+    base = base.get_base_model() if isinstance(base, PeftModel) else base
     file = AdapterFile.read(adapter, progress)
     base_name = str(base.name_or_path or type(base).__name__) if isinstance(base, PreTrainedModel) else str(base)
     made_for = file.config.get("base_model_name_or_path")
@@ -148,11 +141,13 @@ def diagnose(
         )
         return Diagnosis(str(adapter), base_name, checks, file)
     factors = expected_factors(model)
+    if config.rank_pattern or config.alpha_pattern:
+        checks.append(check_patterns(config, factors))
     layout = read_layout(factors, file.tensors, file.config.get("peft_version"))
     checks.append(check_layout(layout, factors, file.tensors))
     old_factors = []
     if layout is not None and layout.is_old:
-        old_factors = [one for one in factors if one.num_experts > 1 and one.a in file.tensors]
+        old_factors = [one for one in factors if one.num_experts > 1 and {one.a, one.b} <= file.tensors.keys()]
     # From here on as if it had been converted, so that everything that is wrong is found at once.
     tensors = swap_all(old_factors, file.tensors)
     try:
@@ -181,7 +176,7 @@ def convert_adapter(diagnosis: Diagnosis, folder: str | Path, progress: bool = F
     """
     Write an adapter of PEFT before 0.19.1 in today's layout, into a folder that is not there yet.
 
-    What every expert's factors amount to is computed from both layouts and compared.
+    Before, random vectors are multiplied with the product of every expert's factors in both layouts, and compared.
 
     Args:
         diagnosis ([`Diagnosis`]): That of the adapter.
@@ -239,15 +234,14 @@ def _report(model: PeftModel, factors: list[Factors], tensors: dict[str, torch.T
 
 
 def _compare_products(one: Factors, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
-    """Compare `A'B'` of the old factors with `BA` of the new ones, expert by expert."""
-    old_a = old[one.a].reshape(one.num_experts, one.rank, -1).float()
-    old_b = old[one.b].reshape(-1, one.rank, one.num_experts).float()
-    new_a = new[one.a].reshape(one.num_experts, one.rank, one.in_features).float()
-    new_b = new[one.b].reshape(one.out_features, one.rank, one.num_experts).float()
-    for expert in range(one.num_experts):
-        before = old_a[expert].T @ old_b[:, :, expert].T
-        after = new_b[:, :, expert] @ new_a[expert]
-        if not torch.allclose(before, after, rtol=1e-5, atol=1e-6 * float(before.abs().max())):
-            raise ExpertLoraError(
-                f"Converting {one.name} would change expert {expert}. Nothing was written; please report this with the adapter."
-            )
+    """Multiply random vectors with the product of the old factors and with that of the new ones, for every expert."""
+    experts, rank = one.num_experts, one.rank
+    vectors_IV = torch.randn(one.in_features, 4, generator=torch.Generator().manual_seed(0))
+    old_a_ERO, old_b_IRE = old[one.a].reshape(experts, rank, -1).float(), old[one.b].reshape(-1, rank, experts).float()
+    new_a_ERI, new_b_ORE = new[one.a].reshape(experts, rank, -1).float(), new[one.b].reshape(-1, rank, experts).float()
+    before = torch.einsum("ero,erv->eov", old_a_ERO, torch.einsum("ire,iv->erv", old_b_IRE, vectors_IV))
+    after = torch.einsum("ore,erv->eov", new_b_ORE, torch.einsum("eri,iv->erv", new_a_ERI, vectors_IV))
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * float(before.abs().max())):
+        raise ExpertLoraError(
+            f"Converting {one.name} would change what it computes. Nothing was written; please report this with the adapter."
+        )

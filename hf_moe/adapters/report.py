@@ -25,6 +25,7 @@ from .inventory import (
     site,
 )
 from .layers import find_experts, is_experts, layer_index, name_in_layer, number_ranges
+from .param_wrapper import GroupedParamWrapper
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,16 @@ def _warnings(configs: dict[str, PeftConfig], targets: list[Target], adapted: li
             f"The routers ({', '.join(routers)}) have adapters. PEFT's 'all-linear' and `target_modules=['gate', ...]` do that on "
             "some models. If it was not meant, choose the targets with an ExpertLoraConfig, which leaves routers out."
         )
-    if any(target.backend == "PEFT" for target in experts):
+    slow = [layer for layer in adapted if is_expert_wrapper(layer) and not isinstance(layer, GroupedParamWrapper)]
+    if slow:
+        cannot = {type(layer.get_base_layer()).__name__ for layer in slow if not is_experts(layer.get_base_layer())}
+        advice = (
+            f"The class {', '.join(sorted(cannot))} leaves no other way."
+            if cannot
+            else "Call `enable_grouped_lora(model)`."
+        )
         warnings.append(
-            "PEFT computes the experts' adapters, which builds the weights of all experts in every pass. Call "
-            "`enable_grouped_lora(model)`."
+            f"PEFT computes the experts' adapters, which builds the weights of all experts in every pass. {advice}"
         )
     active = sorted({target.adapter for target in targets if target.adapter and target.is_active})
     if len(active) > 1:

@@ -11,8 +11,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from .checks import OK, PROBLEM, WARNING, Check
 from .errors import ExpertLoraError
-from .file_checks import OK, PROBLEM, WARNING, Check
 from .grouped_lora import expert_wrappers
 from .inventory import is_expert_wrapper
 from .layers import is_experts, layer_index, name_in_layer, number_ranges, plain_name

@@ -11,8 +11,8 @@ from huggingface_hub.cli import out
 if TYPE_CHECKING:
     import torch
 
+    from ..adapters.checks import Check
     from ..adapters.doctor import Diagnosis
-    from ..adapters.file_checks import Check
 
 
 LENGTH = 128  # of a sequence of --run
@@ -50,7 +50,7 @@ def doctor(
     diagnosis = diagnose(adapter, base, trust_remote_code, progress)
     if fix is not None:
         convert_adapter(diagnosis, fix, progress)
-        out.log(f"Wrote {fix}; every expert's factors amount to the same as before. This is what it looks like:")
+        out.log(f"Wrote {fix}, in which every expert's factors have the same product as before. What it is like now:")
         diagnosis = diagnose(fix, base, trust_remote_code, progress)
     if run:
         diagnosis = dataclasses.replace(
@@ -62,7 +62,7 @@ def doctor(
 
 
 def _show(diagnosis: "Diagnosis") -> None:
-    from ..adapters.file_checks import PROBLEM, WARNING
+    from ..adapters.checks import PROBLEM, WARNING
 
     if out.mode == "json":
         out.dict(diagnosis.to_dict())
@@ -84,7 +84,7 @@ def _run(diagnosis: "Diagnosis", text: Path | None, max_tokens: int, trust_remot
     from peft import PeftModel
 
     from ..adapters.base_model import with_weights
-    from ..adapters.file_checks import SKIPPED, Check
+    from ..adapters.checks import SKIPPED, Check
     from ..adapters.grouped_lora import enable_grouped_lora, expert_wrappers
     from ..adapters.trial import try_adapter
 

@@ -38,6 +38,7 @@ def test_adapters_of_peft_pass(kind, tmp_path):
     with_adapter(small_moe(kind)).save_pretrained(tmp_path / "adapter")
     diagnosis = check_adapter(tmp_path / "adapter", small_moe(kind))
     assert set(results(diagnosis).values()) == {"ok"}
+    assert diagnosis.report.num_parameters == small_moe(kind).num_parameters()
     assert [target.ranks for target in diagnosis.report.targets if target.kind == "experts"]
     json.dumps(diagnosis.to_dict())
 
@@ -62,16 +63,37 @@ def test_adapters_of_any_configuration_pass(values, tmp_path):
 def test_folders_and_saved_models_will_do(adapter, tmp_path):
     small_moe("mixtral").save_pretrained(tmp_path / "moe")
     diagnosis = check_adapter(str(adapter), tmp_path / "moe")
+    assert not diagnose(adapter, with_adapter(small_moe("mixtral"))).problems
     assert diagnosis.report.to_dict() == check_adapter(adapter, small_moe("mixtral")).report.to_dict()
-    moe_model("llama", head="ForSequenceClassification", num_labels=3).save_pretrained(tmp_path / "classifier")
-    model = get_peft_model(
-        moe_model("llama", head="ForSequenceClassification", num_labels=3),
-        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False),
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_classifiers(task, tmp_path):
+    classifier = moe_model("llama", head="ForSequenceClassification")
+    classifier.save_pretrained(tmp_path / "classifier")
+    moe_model("llama").save_pretrained(tmp_path / "pretrained")
+    config = LoraConfig(
+        r=2, task_type=task, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False
     )
-    model.save_pretrained(tmp_path / "of_classifier")
-    assert (
-        check_adapter(tmp_path / "of_classifier", tmp_path / "classifier").report.model == type(model.model).__name__
-    )
+    get_peft_model(classifier, config).save_pretrained(tmp_path / "adapter")
+    diagnosis = check_adapter(tmp_path / "adapter", tmp_path / ("pretrained" if task else "classifier"))
+    assert diagnosis.report.model == "MoeLlamaForSequenceClassification"
+    assert [target.training for target in diagnosis.report.targets if target.name == "score.weight"] == ["in full"]
+
+
+def test_initial_values_that_depend_on_the_model_are_not_computed(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(small_moe("mixtral"), config).save_pretrained(tmp_path)
+    change(tmp_path, init_lora_weights="corda")
+    assert not diagnose(tmp_path, small_moe("mixtral")).problems
+
+
+def test_models_that_hf_moe_cannot_run_are_said(adapter):
+    model = small_moe("mixtral")
+    model.config._experts_implementation = "sonicmoe"
+    (warning,) = [text for text in check_adapter(adapter, model).report.warnings if "leaves" in text]
+    assert "hf_moe leaves the adapters of the experts to PEFT" in warning
+    assert "'sonicmoe'" in warning
 
 
 def test_keys_that_do_not_match_are_refused(adapter):
@@ -145,6 +167,15 @@ def test_ranks_that_are_not_those_of_the_configuration_are_refused(adapter):
     change(adapter, rank_pattern={"q_proj": 7})
     with pytest.raises(ExpertLoraError, match=r"q_proj \(rank 4 instead of 7; layer 0-2\).*`r` and `rank_pattern`"):
         check_adapter(adapter, small_moe("mixtral"))
+
+
+def test_patterns_that_match_nothing_are_warnings(adapter):
+    change(adapter, alpha_pattern={"q_proj": 7, "experts.gate_up_proj": 5})
+    assert results(diagnose(adapter, small_moe("mixtral")))["patterns"] == "ok"
+    change(adapter, alpha_pattern={"q_proj": 7, "experts.base_layer": 5})
+    diagnosis = diagnose(adapter, small_moe("mixtral"))
+    assert "alpha_pattern 'experts.base_layer', which match no target" in details(diagnosis, "patterns")
+    assert "experts.base_layer" not in str(diagnosis.report)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

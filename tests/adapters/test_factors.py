@@ -16,6 +16,7 @@ from small_adapters import FILES, change, small_moe, with_adapter
 from hf_moe import check_adapter, enable_grouped_lora
 from hf_moe.adapters.doctor import Diagnosis, convert_adapter, diagnose
 from hf_moe.adapters.errors import ExpertLoraError
+from hf_moe.adapters.factors import swapped
 
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -75,7 +76,7 @@ def test_square_matrices_of_transposed_experts(tmp_path):
     """PEFT 0.18 was right about these, 0.19.0 was not."""
     base = small_moe("gpt_oss", hidden_size=32, intermediate_size=32, num_attention_heads=4)
     with_adapter(base, target_parameters=["mlp.experts.down_proj"]).save_pretrained(tmp_path)
-    for version, is_old in (("0.17.1", False), ("0.18.1", False), ("0.19.0", True), ("0.19.1", False)):
+    for version, is_old in ((None, False), ("0.17.1", False), ("0.18.1", False), ("0.19.0", True), ("0.19.1", False)):
         change(tmp_path, peft_version=version)
         diagnosis = diagnose(
             tmp_path, small_moe("gpt_oss", hidden_size=32, intermediate_size=32, num_attention_heads=4)
@@ -95,3 +96,19 @@ def test_what_cannot_be_converted(tmp_path):
     with pytest.raises(ExpertLoraError, match=r"problems that converting would keep \(values: NaN"):
         convert_adapter(diagnose(tmp_path / "old", model), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_conversion_that_changes_something_is_not_written(tmp_path, monkeypatch):
+    model, _ = golden("peft_0.18.1_mixtral", tmp_path / "old")
+
+    def wrong(a, b, num_experts):
+        new_a, new_b = swapped(a, b, num_experts)
+        return new_a, new_b.flip(1)
+
+    diagnosis = diagnose(tmp_path / "old", model)
+    monkeypatch.setattr("hf_moe.adapters.factors.swapped", wrong)
+    with pytest.raises(
+        ExpertLoraError, match=r"Converting model\.layers\.0\.mlp\.experts\.\w+ would change what it computes"
+    ):
+        convert_adapter(diagnosis, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -7,7 +7,8 @@ import json
 import peft
 import pytest
 import torch
-from conftest import dense_model
+import transformers
+from conftest import TINY, dense_model
 from peft import LoraConfig, get_peft_model
 from small_adapters import ALL, ids, small_moe, targets, with_adapter
 
@@ -145,6 +146,18 @@ def test_backend():
     report = expert_lora_report(enable_grouped_lora(model))
     assert {target.backend for target in report.targets if target.kind == "experts"} == {"hf_moe"}
     assert report.warnings == []
+
+
+def test_experts_of_classes_without_an_experts_implementation():
+    config = transformers.Llama4TextConfig(
+        **{**TINY, "intermediate_size_mlp": 24, "num_local_experts": 4, "head_dim": 8, "pad_token_id": 0}
+    )
+    model = transformers.Llama4ForCausalLM(config)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]))
+    report = expert_lora_report(model)
+    (target,) = [target for target in report.targets if target.kind == "experts"]
+    assert (target.backend, target.num_experts, target.layers) == ("PEFT", 4, [0, 1, 2])
+    assert [warning for warning in report.warnings if "The class Llama4TextExperts leaves no other way" in warning]
 
 
 def test_several_adapters():

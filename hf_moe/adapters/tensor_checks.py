@@ -1,114 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single checks of an adapter file: configuration, layout, keys, shapes, values, effect."""
+"""The checks of an adapter's tensors: their names, shapes and values, and whether they have an effect."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from .factors import Factors, Layout
+from .checks import OK, PROBLEM, SINGLE_EXPERT, WARNING, Check, named, some_of
+from .factors import Factors
 from .layers import layer_index, name_in_layer, number_ranges
-
-
-OK, WARNING, PROBLEM, SKIPPED = "ok", "warning", "problem", "not run"
-SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.\w+\.lora_")  # how transformers 4 named the experts of most models
-EXAMPLES = 3  # so many names are given where there are more
-
-
-@dataclass(frozen=True)
-class Check:
-    """
-    The result of a check.
-
-    Args:
-        name (`str`): What was looked at.
-        status (`str`): `"ok"`, `"warning"`, `"problem"` or `"not run"`.
-        found (`str`): The result in a few words.
-        details (`str`): Of warnings and problems, what it is and what to do.
-    """
-
-    name: str
-    status: str
-    found: str
-    details: str = ""
-
-
-def check_configuration(config: dict[str, Any]) -> Check:
-    """What PEFT would refuse when it loads the adapter."""
-    parameters = config.get("target_parameters") or []
-    if parameters and config.get("lora_dropout"):
-        return Check(
-            "configuration",
-            PROBLEM,
-            f"lora_dropout {config['lora_dropout']} beside target_parameters",
-            f"adapter_config.json has lora_dropout={config['lora_dropout']}, with which PEFT refuses to load an adapter of experts. "
-            "Set it to 0.0 there: it only matters in training. To train on, use an ExpertLoraConfig, whose expert_dropout is free.",
-        )
-    version = config.get("peft_version")
-    return Check(
-        "configuration",
-        OK,
-        f"LoRA, r={config.get('r')}, lora_alpha={config.get('lora_alpha')}, "
-        + (f"PEFT {version}" if version else "PEFT before 0.18"),
-    )
-
-
-def check_base(config: dict[str, Any], base: str, model_module: str) -> Check:
-    """
-    Whether the model is the one that the configuration names: another of the same sizes cannot be told from it.
-
-    Args:
-        config (`dict`): What `adapter_config.json` holds.
-        base (`str`): Folder or Hub id of the model.
-        model_module (`str`): The module of the model's class.
-    """
-    made_for = config.get("base_model_name_or_path")
-    modeling = (config.get("auto_mapping") or {}).get("parent_library", "").split(".")[-1]
-    if modeling.startswith("modeling_") and modeling != model_module.split(".")[-1]:
-        name = config["auto_mapping"]["base_model_class"]
-        return Check(
-            "base model",
-            # Attention may be the same where experts are not: that of a dense model and its mixture of experts.
-            PROBLEM if config.get("target_parameters") else WARNING,
-            f"made for a {name}",
-            f"adapter_config.json says that the adapter was made for a {name}{named(made_for)}, and {base} is of another "
-            f"architecture ({model_module.split('.')[-1]}). Give the model that it was made for.",
-        )
-    if not made_for:
-        return Check("base model", OK, "adapter_config.json names none")
-    if Path(made_for).name.lower() == Path(base).name.lower():
-        return Check("base model", OK, made_for)
-    return Check(
-        "base model",
-        WARNING,
-        f"made for {made_for}",
-        f"adapter_config.json says that the adapter was made for {made_for}, and it was compared with {base}. If that is another "
-        "model of the same sizes, the adapter will load and be wrong.",
-    )
-
-
-def check_layout(layout: Layout | None, factors: list[Factors], names: Iterable[str]) -> Check:
-    """Whether input and output are the right way round."""
-    if layout is not None and layout.is_old:
-        return Check(
-            "layout",
-            PROBLEM,
-            "input and output of the experts are swapped",
-            "The file is in the layout of PEFT 0.18 (before 0.19.1), which had input and output of experts the other way round: "
-            f"today's PEFT refuses it or, where matrices are square, loads it transposed. That is known by {layout.because}. "
-            "Convert it with `hf-moe doctor ADAPTER --base MODEL --fix OUTPUT`.",
-        )
-    if layout is not None:
-        return Check("layout", OK, f"that of PEFT 0.19.1 and later, by {layout.because}")
-    if any(SINGLE_EXPERT.search(name) for name in names):
-        return Check("layout", OK, "single experts, as of transformers 4: PEFT joins them in loading")
-    if any(one.num_experts > 1 for one in factors):
-        return Check("layout", SKIPPED, "the factors of the experts are not there, or of other sizes")
-    return Check("layout", OK, "no experts are adapted")
 
 
 def check_keys(expected: Iterable[str], found: Iterable[str], made_for: str | None) -> Check:
@@ -119,10 +20,10 @@ def check_keys(expected: Iterable[str], found: Iterable[str], made_for: str | No
         return Check("keys", OK, f"{len(expected)} tensors, each with its place in the model")
     details = []
     if unexpected:
-        details.append(f"{len(unexpected)} of {len(found)} tensors have no place in the model: {_some(unexpected)}.")
+        details.append(f"{len(unexpected)} of {len(found)} tensors have no place in the model: {some_of(unexpected)}.")
         details.append("PEFT would leave them out without an error.")
     if missing:
-        details.append(f"{len(missing)} of {len(expected)} tensors are missing in the file: {_some(missing)}.")
+        details.append(f"{len(missing)} of {len(expected)} tensors are missing in the file: {some_of(missing)}.")
     if any(SINGLE_EXPERT.search(name) for name in unexpected):
         details.append(
             "Some are of single experts, as in classes where every expert is a module (transformers 4). PEFT joins these for "
@@ -212,7 +113,7 @@ def check_values(tensors: dict[str, torch.Tensor]) -> Check:
         "values",
         PROBLEM,
         f"NaN or infinite in {len(broken)} of {len(tensors)} tensors",
-        f"{_some(broken)}: values that are NaN or infinite, so that the model would give nothing else. The training diverged or "
+        f"{some_of(broken)}: values that are NaN or infinite, so that the model would give nothing else. The training diverged or "
         "the file is damaged: take an earlier checkpoint.",
     )
 
@@ -267,13 +168,3 @@ def _zero_experts(one: Factors, tensors: dict[str, torch.Tensor]) -> tuple[torch
 
 def _layers(names: Iterable[str]) -> str:
     return number_ranges({int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}) or "none"
-
-
-def named(made_for: str | None) -> str:
-    """Of which model the configuration says that it is for, to be added to a sentence."""
-    return f" ({made_for}, says adapter_config.json)" if made_for else ""
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
-    return ", ".join(names[:EXAMPLES]) + more
