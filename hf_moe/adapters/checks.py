@@ -74,8 +74,8 @@ def check_base(config: dict[str, Any], base: str, model_module: str) -> Check:
             # Attention may be the same where experts are not: that of a dense model and its mixture of experts.
             PROBLEM if config.get("target_parameters") else WARNING,
             f"made for a {name}",
-            f"adapter_config.json says that the adapter was made for a {name}{named(made_for)}, and {base} is of another "
-            f"architecture ({model_module.split('.')[-1]}). Give the model that it was made for.",
+            f"adapter_config.json says that the adapter was made for a {name}{f' ({made_for})' if made_for else ''}, and {base} is "
+            f"of another architecture ({model_module.split('.')[-1]}). Give the model that it was made for.",
         )
     if not made_for:
         return Check("base model", OK, "adapter_config.json names none")
@@ -125,8 +125,8 @@ def check_layout(layout: Layout | None, factors: list[Factors], names: Iterable[
         return Check("layout", OK, f"that of PEFT 0.19.1 and later, by {layout.because}")
     if any(SINGLE_EXPERT.search(name) for name in names):
         return Check("layout", OK, "single experts, as of transformers 4: PEFT joins them in loading")
-    if any(one.num_experts > 1 for one in factors):
-        return Check("layout", SKIPPED, "the factors of the experts are not there, or of other sizes")
+    if any(one.num_experts > 1 for one in factors) or any(".experts." in name for name in names):
+        return Check("layout", SKIPPED, "the factors of the experts have no place, or other sizes")
     return Check("layout", OK, "no experts are adapted")
 
 
@@ -137,5 +137,6 @@ def named(made_for: str | None) -> str:
 
 def some_of(names: list[str]) -> str:
     """The first few names, and how many there are besides."""
+    names = [name.removeprefix("base_model.model.") for name in names]
     more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
     return ", ".join(names[:EXAMPLES]) + more

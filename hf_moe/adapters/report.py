@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`expert_lora_report`: what of a model with adapters will train and what will not, with ranks, scaling and backend."""
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from .inventory import (
 )
 from .layers import find_experts, is_experts, layer_index, name_in_layer, number_ranges
 from .param_wrapper import GroupedParamWrapper
+
+
+WIDTH = 100  # of what is printed, in characters
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ class ExpertLoraReport:
             "",
             _table(self.targets, self.num_layers),
         ]
-        if self.frozen:
-            lines += ["", f"Frozen besides: {', '.join(self.frozen)}"]
-        return "\n".join([*lines, *(f"\nWarning: {warning}" for warning in self.warnings)])
+        notes = [f"Frozen besides: {', '.join(self.frozen)}"] if self.frozen else []
+        for note in [*notes, *(f"Warning: {warning}" for warning in self.warnings)]:
+            lines += ["", textwrap.fill(note, WIDTH, break_long_words=False, break_on_hyphens=False)]
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.summary()

@@ -3,7 +3,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -12,18 +12,23 @@ from .factors import Factors
 from .layers import layer_index, name_in_layer, number_ranges
 
 
-def check_keys(expected: Iterable[str], found: Iterable[str], made_for: str | None) -> Check:
+def check_keys(expected: Collection[str], found: Collection[str], made_for: str | None) -> Check:
     """Whether every tensor has a place, and every place a tensor."""
-    expected, found = set(expected), set(found)
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
     if not missing and not unexpected:
         return Check("keys", OK, f"{len(expected)} tensors, each with its place in the model")
     details = []
     if unexpected:
-        details.append(f"{len(unexpected)} of {len(found)} tensors have no place in the model: {some_of(unexpected)}.")
-        details.append("PEFT would leave them out without an error.")
+        details.append(
+            f"{len(unexpected)} of {len(found)} tensors have no place in the model: {some_of(unexpected)}. PEFT would leave them out "
+            "without an error."
+        )
     if missing:
-        details.append(f"{len(missing)} of {len(expected)} tensors are missing in the file: {some_of(missing)}.")
+        details.append(
+            f"{len(missing)} of {len(expected)} tensors are missing in the file: {some_of(missing)}. PEFT would keep the initial "
+            "values."
+        )
     if any(SINGLE_EXPERT.search(name) for name in unexpected):
         details.append(
             "Some are of single experts, as in classes where every expert is a module (transformers 4). PEFT joins these for "
@@ -32,6 +37,11 @@ def check_keys(expected: Iterable[str], found: Iterable[str], made_for: str | No
     elif any(".default." in name for name in unexpected):
         details.append(
             "The names have an adapter's name in them: save with `save_pretrained` instead of `state_dict`."
+        )
+    elif not unexpected and _layers(found) == _layers(expected):
+        details.append(
+            "Save or download the adapter again, or take out of adapter_config.json what was not trained: `target_modules`, "
+            "`target_parameters`, `modules_to_save`."
         )
     else:
         if _layers(found) != _layers(expected):

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-moe doctor`: whether an adapter on disk is what it will be on a model, and what of the model would train."""
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,9 +76,17 @@ def _show(diagnosis: "Diagnosis") -> None:
             out.text(f"\n{diagnosis.report.summary()}")
     for check in diagnosis.checks:
         if check.status == PROBLEM:
-            out.error(f"{check.name}: {check.details}")
+            out.error(_wrapped(f"{check.name}: {check.details}"))
         elif check.status == WARNING:
-            out.warning(f"{check.name}: {check.details}")
+            out.warning(_wrapped(f"{check.name}: {check.details}"))
+
+
+def _wrapped(text: str) -> str:
+    """In lines of the terminal, and in one where it is none."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns - len("Warning: ")
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _run(diagnosis: "Diagnosis", text: Path | None, max_tokens: int, trust_remote_code: bool) -> "list[Check]":
