@@ -60,17 +60,16 @@ def _output(outputs: Any) -> torch.Tensor:
 @contextmanager
 def _count_tokens(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
     """Tokens per expert, by the id of the experts module."""
-    tokens: dict[int, torch.Tensor] = {}
+    layers = [module for module in model.modules() if is_experts(module)]
+    tokens = {id(experts): torch.zeros(experts.num_experts, dtype=torch.long) for experts in layers}
 
     def count(experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *rest: Any) -> None:
-        tokens[id(experts)] = torch.bincount(top_k_index.flatten(), minlength=experts.num_experts)
+        tokens[id(experts)] += torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).cpu()
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         count(module, *args, **kwargs)
 
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True) for module in model.modules() if is_experts(module)
-    ]
+    handles = [experts.register_forward_pre_hook(hook, with_kwargs=True) for experts in layers]
     try:
         yield tokens
     finally:
@@ -122,12 +121,12 @@ def _check_experts(model: PeftModel, tokens: dict[int, torch.Tensor]) -> Check:
     idle: dict[int | None, str] = {}
     for name, wrapper in expert_wrappers(model):
         a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
-        has_rank, has_gradient = (_any_per_expert(x, y, wrapper) for x, y in ((a, b), (a.grad, b.grad)))
-        got_token = tokens[id(wrapper.get_base_layer())].cpu() > 0
+        has_rank = _any_per_expert(a, b, wrapper.num_experts)
+        has_gradient = _any_per_expert(_gradient(a), _gradient(b), wrapper.num_experts)
+        got_token = tokens[id(wrapper.get_base_layer())] > 0
         missed = has_rank & got_token & ~has_gradient
         numbers["experts"] += int(has_rank.sum())
         numbers["gradient"] += int(has_gradient.sum())
-        numbers["idle"] += int((has_rank & ~got_token).sum())
         layer = layer_index(plain_name(name))
         if missed.any():
             which = number_ranges(missed.nonzero().flatten().tolist())
@@ -136,7 +135,9 @@ def _check_experts(model: PeftModel, tokens: dict[int, torch.Tensor]) -> Check:
             idle[layer] = number_ranges((has_rank & ~got_token).nonzero().flatten().tolist())
     if unreached:
         places = "; ".join(f"{name} in {', '.join(layers)}" for name, layers in unreached.items())
-        details = f"Experts that got tokens and no gradient: {places}. They would not train."
+        details = (
+            f"Experts that got tokens and no gradient, or one that is not finite: {places}. They would not train."
+        )
         return Check("expert gradients", PROBLEM, "none for some experts", details)
     if not numbers["experts"]:
         if any(is_expert_wrapper(module) for module in model.modules()):
@@ -151,11 +152,18 @@ def _check_experts(model: PeftModel, tokens: dict[int, torch.Tensor]) -> Check:
     return Check("expert gradients", OK, found)
 
 
-def _any_per_expert(a: torch.Tensor, b: torch.Tensor, wrapper: Any) -> torch.Tensor:
-    """Per expert whether a factor, or the gradient of one, is other than zero."""
-    a_E = a.detach().reshape(wrapper.num_experts, -1).ne(0).any(-1)
-    b_E = b.detach().reshape(-1, wrapper.num_experts).ne(0).any(0)
+def _any_per_expert(a: torch.Tensor, b: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Per expert whether one of two factors, or of their gradients, is other than zero."""
+    a_E = a.detach().reshape(num_experts, -1).ne(0).any(-1)
+    b_E = b.detach().reshape(-1, num_experts).ne(0).any(0)
     return (a_E | b_E).cpu()
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """Zero where there is none, or none that could be used."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return torch.nan_to_num(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _check_modules(model: PeftModel) -> Iterator[Check]:
@@ -171,7 +179,7 @@ def _check_modules(model: PeftModel) -> Iterator[Check]:
         name
         for name, layer in layers.items()
         if not any(
-            parameter.grad is not None and parameter.grad.any()
+            _gradient(parameter).any()
             for key, parameter in layer.named_parameters()
             if not key.startswith("base_layer.")
         )

@@ -127,5 +127,5 @@ def _tokens(base: str, config, text: Path | None, max_tokens: int, trust_remote_
         if not len(ids):
             raise ValueError(f"--text: there is no text in {text}.")
         ids = ids[:max_tokens]
-    length = min(len(ids), LENGTH)
+    length = min(len(ids), LENGTH, getattr(config.get_text_config(), "max_position_embeddings", LENGTH))
     return ids[: len(ids) // length * length].view(-1, length)

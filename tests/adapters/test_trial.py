@@ -70,6 +70,17 @@ def test_a_trial_finds_experts_and_modules_without_a_gradient():
     assert "model.layers.1.self_attn.v_proj" in found["other gradients"][2]
 
 
+def test_gradients_that_are_missing_or_not_finite():
+    model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
+    layers = model.get_base_model().model.layers
+    layers[0].mlp.experts.lora_A.requires_grad_(False)
+    layers[0].mlp.experts.lora_B.requires_grad_(False)
+    for factors in (layers[2].mlp.experts.lora_A, layers[2].mlp.experts.lora_B):
+        factors["default"].weight.register_hook(lambda gradient: gradient * float("nan"))
+    why = trial(model)["expert gradients"][2]
+    assert "mlp.experts.down_proj in layer 0: 0-3, layer 2: 0-3. They would not train" in why
+
+
 def test_a_trial_names_experts_that_got_no_token():
     model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
     status, found, why = trial(model, torch.tensor([[5]]))["expert gradients"]
