@@ -38,8 +38,10 @@ _LAZY = {
     "save_esft": "adapters.esft",
     "score_experts": "adapters.expert_scores",
     "select_experts": "adapters.expert_scores",
+    "check_adapter": "adapters.doctor",
     "disable_grouped_lora": "adapters.grouped_lora",
     "enable_grouped_lora": "adapters.grouped_lora",
+    "expert_lora_report": "adapters.report",
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
 }

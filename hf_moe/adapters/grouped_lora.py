@@ -94,8 +94,3 @@ def _check(name: str, wrapper: ParamWrapper) -> None:
     experts = wrapper.get_base_layer()
     check_adaptable(name, experts)
     check_weights(name, experts)
-    if wrapper.num_experts != experts.num_experts:
-        raise ExpertLoraError(
-            f"{name}: the adapter has {wrapper.num_experts} experts, of which this process holds {experts.num_experts} (expert "
-            "parallelism). Adapters of experts cannot be split that way. Load the model without `ep_size`; DDP and FSDP2 work."
-        )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`find_experts`: the layers of experts of any model in transformers, what they are called and what they are made of."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .errors import ExpertLoraError
@@ -105,6 +107,17 @@ def check_replaceable(name: str, experts: nn.Module) -> None:
             f"{name} holds {experts.num_experts} experts of those that are split over processes (expert parallelism). Parts of "
             "them cannot be adapted or trained alone. Load the model without `ep_size`; DDP and FSDP2 work."
         )
+
+
+def number_ranges(numbers: Iterable[int | None]) -> str:
+    """Numbers of layers or experts, as `0-3, 7`."""
+    spans: list[list[int]] = []
+    for number in sorted({number for number in numbers if number is not None}):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
 def check_weights(name: str, experts: nn.Module) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .bench import bench
 from .bench_lora import lora
+from .doctor import doctor
 from .edit import collapse, expand, extract, insert, merge, prune
 from .inspect import inspect
 from .upcycle import plan, upcycle
@@ -52,6 +53,13 @@ app.command(epilog=_epilog("hf-moe merge ./moe-16 ./moe-8 --num-experts 8 --top-
 app.command(epilog=_epilog("hf-moe collapse ./moe ./dense", "hf-moe collapse ./moe ./dense --expert 3"))(collapse)
 app.command(epilog=_epilog("hf-moe extract ./moe expert.safetensors --expert 3"))(extract)
 app.command(epilog=_epilog("hf-moe insert ./moe expert.safetensors ./moe-9"))(insert)
+app.command(
+    epilog=_epilog(
+        "hf-moe doctor ./adapter --base ./moe",
+        "hf-moe doctor ./adapter --base ./moe --run --text essay.txt",
+        "hf-moe doctor ./old-adapter --base mistralai/Mixtral-8x7B-v0.1 --fix ./adapter",
+    )
+)(doctor)
 bench.command(
     "lora",
     epilog=_epilog("hf-moe bench lora", "hf-moe bench lora --shape qwen3-30b-a3b --scale 1 --tokens 512 --runs 7"),

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny mixtures of experts of every layout with adapters from PEFT, and how to compare two of them."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from conftest import TINY, moe_model, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 
 MLA = {
@@ -50,6 +54,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OURS = {"moe_llama": {}, "moe_llama biased": {"mlp_bias": True}, "moe_gpt2": {}}
 ALL = [*LAYOUTS, *OURS]
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def small_moe(kind: str, **values) -> transformers.PreTrainedModel:
@@ -106,3 +111,12 @@ class Dequantized(torch.nn.Module):
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * 64
+
+
+def change(folder: Path, changed: Callable[[dict], Any] = lambda tensors: None, **fields) -> None:
+    """Change the tensors of an adapter, and fields of its configuration."""
+    tensors = load_file(folder / FILES[1])
+    changed(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILES[1])
+    config = json.loads((folder / FILES[0]).read_text()) | fields
+    (folder / FILES[0]).write_text(json.dumps(config))

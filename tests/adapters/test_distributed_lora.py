@@ -53,6 +53,4 @@ def test_two_processes_train_as_one(tmp_path):
         assert "has been made a FSDPParamWrapper" in disabled
         assert "has been made a FSDPParamWrapper" in enabled
         # Before 5.23 transformers leaves PEFT to find out, which does when it loads the adapter.
-        assert re.search(
-            "adapter has 4 experts, of which this process holds 2 .expert par|size mismatch", expert_parallel
-        )
+        assert re.search("holds 2 experts of those that are split over processes|size mismatch", expert_parallel)

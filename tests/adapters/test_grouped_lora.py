@@ -329,15 +329,6 @@ def test_dropout_keeps_the_expectation():
     assert_close(mean, expected, 0.02)
 
 
-def test_models_that_are_split_by_expert_are_refused():
-    model = with_adapter(small_moe("mixtral"))
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            module.get_base_layer().num_experts = 2
-    with pytest.raises(ExpertLoraError, match="4 experts, of which this process holds 2 .* without `ep_size`"):
-        enable_grouped_lora(model)
-
-
 def test_models_without_expert_adapters_are_refused():
     model = get_peft_model(small_moe("mixtral"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ExpertLoraError, match="No adapter of this model is on the parameters of experts"):

@@ -6,10 +6,8 @@ import json
 import pytest
 import torch
 from conftest import assert_close
-from typer.testing import CliRunner
 
 from hf_moe.cli.bench_lora import FROZEN, OURS, PEFT, SHAPES, Step, make_layers, multiplications, saved_bytes
-from hf_moe.cli.main import app
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -21,9 +19,9 @@ def test_layers_compute_alike(name, checkpointing):
     assert (step.forward(layers[OURS]) - step.forward(layers[FROZEN])).abs().max() > 1e-6
     for layer in layers.values():
         step(layer)
-    weights = [parameter.data_ptr() for parameter in layers[FROZEN].parameters()]
+    weights = {parameter.data_ptr() for parameter in layers[FROZEN].parameters()}
     for layer in layers.values():
-        assert [p.data_ptr() for n, p in layer.named_parameters() if "lora" not in n] == weights
+        assert {p.data_ptr() for n, p in layer.named_parameters() if "lora" not in n} == weights
 
 
 def test_what_is_counted():
@@ -39,24 +37,11 @@ def test_what_is_counted():
     assert saved_bytes(layers[OURS], step) < 8 * weights
 
 
-def test_the_command():
-    arguments = [
-        "bench",
-        "lora",
-        "--shape",
-        "gpt-oss-20b",
-        "--scale",
-        "0.01",
-        "--tokens",
-        "4",
-        "--rank",
-        "2",
-        "--runs",
-        "1",
-    ]
-    result = CliRunner().invoke(app, [*arguments, "--json"])
-    assert result.exit_code == 0, result.output
-    rows = json.loads(result.output[result.output.index("[") : result.output.rindex("]") + 1])
+def test_the_command(run_command):
+    arguments = ["--shape", "gpt-oss-20b", "--scale", "0.01", "--tokens", "256", "--rank", "2", "--runs", "1"]
+    run = run_command("bench", "lora", *arguments, "--json")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout[: run.stdout.rindex("]") + 1])
     assert [row["experts"] for row in rows] == [FROZEN, OURS, PEFT]
     for row in rows:
         assert row["median_ms"] > 0
@@ -73,7 +58,7 @@ def test_the_command():
         (["--dtype", "int8"], "Choose float32 or bfloat16"),
     ],
 )
-def test_what_is_refused(arguments, message):
-    result = CliRunner().invoke(app, ["bench", "lora", *arguments])
-    assert result.exit_code != 0
-    assert message in str(result.exception)
+def test_what_is_refused(run_command, arguments, message):
+    run = run_command("bench", "lora", *arguments)
+    assert run.returncode == 1
+    assert message in run.stderr
