@@ -20,8 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .low_rank import LowRank
-from .products import Rows, grouped_mm, grouped_outer
+from .low_rank import LowRank, grouped_mm, grouped_outer
 
 
 IMPLEMENTATION = "lora_grouped_mm"
@@ -67,9 +66,9 @@ class Routing:
         token_S = order_S // top_k_index_TK.shape[1]
         return cls(order_S, place_TK.view_as(top_k_index_TK), token_S, expert_S, offsets_E, elsewhere_S)
 
-    def to_experts(self, values_TH: torch.Tensor) -> Rows:
+    def to_experts(self, values_TH: torch.Tensor) -> torch.Tensor:
         """The rows of the tokens, for every pair `(S, H)`."""
-        return Rows.of(values_TH, self.token_S)
+        return values_TH.index_select(0, self.token_S)
 
     def weights(self, weights_TK: torch.Tensor) -> torch.Tensor:
         """The weights of the pairs as a column `(S, 1)`."""
@@ -124,14 +123,14 @@ class Call:
         experts: Any = self.experts
         return experts._apply_gate(values_SF) if experts.has_gate else experts.act_fn(values_SF)
 
-    def linear(self, input_SX: Rows, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(self, input_SX: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Every row times the weight of its expert, whichever way that is stored."""
         if not self.experts.is_transposed:
             weight = weight.transpose(1, 2)
         output_SY = grouped_mm(input_SX, weight, self.routing.offsets_E)
         return output_SY if bias is None else output_SY.add_(bias[self.routing.expert_S])
 
-    def gradient_of_input(self, gradient_SY: Rows, weight: torch.Tensor) -> torch.Tensor:
+    def gradient_of_input(self, gradient_SY: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The other way round."""
         if self.experts.is_transposed:
             weight = weight.transpose(1, 2)
@@ -142,8 +141,7 @@ class Call:
     ) -> torch.Tensor:
         """Of all experts, or of those that end at `offsets_E`."""
         left, right = (input_SX, gradient_SY) if self.experts.is_transposed else (gradient_SY, input_SX)
-        offsets_E = self.routing.offsets_E if offsets_E is None else offsets_E
-        return grouped_outer(Rows(left, None), Rows(right, None), offsets_E)
+        return grouped_outer(left, right, self.routing.offsets_E if offsets_E is None else offsets_E)
 
     def gradient_of_bias(self, gradient_SY: torch.Tensor) -> torch.Tensor:
         """Of all experts `(E, Y)`."""
@@ -169,7 +167,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, hidden_TH, weights_TK, up, up_bias, down, down_bias, *trained):
         experts, routing = call.experts, call.routing
-        input_SH = routing.to_experts(hidden_TH.to(up.dtype))
+        input_SH = routing.without_elsewhere(routing.to_experts(hidden_TH.to(up.dtype)))
         first_SF = call.linear(input_SH, up, up_bias)
         inner_up = up_b_EOR = None
         if call.up is not None:
@@ -177,12 +175,10 @@ class _Experts(torch.autograd.Function):
         del input_SH  # its memory serves for what comes
         first_SF = routing.without_elsewhere(first_SF)
         middle_SI = call.gate(first_SF)
-        second_SH = call.linear(Rows(middle_SI, None), down, down_bias)
+        second_SH = call.linear(middle_SI, down, down_bias)
         inner_down = down_b_EOR = None
         if call.down is not None:
-            inner_down, down_b_EOR = call.down.add_to(
-                second_SH, Rows(middle_SI, None), routing.expert_S, routing.offsets_E
-            )
+            inner_down, down_b_EOR = call.down.add_to(second_SH, middle_SI, routing.expert_S, routing.offsets_E)
         second_SH = routing.without_elsewhere(second_SH)
         normed_SH = experts.post_expert_norm(second_SH) if experts.has_post_expert_norm else second_SH
         output_TH = routing.sum_over_experts(normed_SH, weights_TK).to(hidden_TH.dtype)
@@ -229,7 +225,7 @@ class _Experts(torch.autograd.Function):
 
         # Through the weights of the experts: the gradient of what they are multiplied with is not scaled by them yet where
         # that saves a copy as large as the output.
-        gradient_SH = routing.to_experts(gradient_TH.to(down.dtype))
+        gradient_SH = routing.to_experts(gradient_TH)
         scale_S1: torch.Tensor | None = weights_S1
         gradient_of_weights_S = None
         gradients_of_others: list[torch.Tensor | None] = [None] * len(others)
@@ -237,13 +233,11 @@ class _Experts(torch.autograd.Function):
             with torch.enable_grad():
                 second_SH = second_SH.detach().requires_grad_()
                 normed_SH = experts.post_expert_norm(second_SH)
-            gradient_of_normed_SH = gradient_TH.index_select(0, routing.token_S)
-            gradient_of_weights_S = (gradient_of_normed_SH * normed_SH.detach()).float().sum(dim=-1)
-            found = torch.autograd.grad(
-                normed_SH, [second_SH, *others], gradient_of_normed_SH * weights_S1, allow_unused=True
-            )
-            gradient_SH, gradients_of_others = Rows(found[0].to(down.dtype), None), list(found[1:])
+            gradient_of_weights_S = (gradient_SH * normed_SH.detach()).float().sum(dim=-1)
+            found = torch.autograd.grad(normed_SH, [second_SH, *others], gradient_SH * weights_S1, allow_unused=True)
+            gradient_SH, gradients_of_others = found[0], list(found[1:])
             scale_S1 = None
+        gradient_SH = routing.without_elsewhere(gradient_SH.to(down.dtype))
 
         # Through the second projection.
         with torch.enable_grad():
@@ -259,24 +253,20 @@ class _Experts(torch.autograd.Function):
             # <gradient, W x> = <W' gradient, x>, so that the output need not be kept.
             gradient_of_weights_S = (gradient_SI * middle_SI).sum(dim=-1, dtype=torch.float32)
             if down_bias is not None:
-                with_bias_SH = routing.without_elsewhere(gradient_SH.all() * down_bias[routing.expert_S])
-                gradient_of_weights_S += with_bias_SH.sum(dim=-1, dtype=torch.float32)
+                gradient_of_weights_S += (gradient_SH * down_bias[routing.expert_S]).sum(dim=-1, dtype=torch.float32)
         results: dict[str, torch.Tensor | None] = {}
         of_down_factors: list[torch.Tensor] = []
         if call.down is not None:
             if scale_S1 is not None:
                 gradient_inner *= scale_S1
             of_down_factors = call.down.factor_gradients(
-                Rows(middle_SI, None), inner_down, gradient_SH, gradient_inner, down_factors, offsets_E
+                middle_SI, inner_down, gradient_SH, gradient_inner, down_factors, offsets_E
             )
         if scale_S1 is not None:
             gradient_SI *= scale_S1
         of_slices: dict[str, torch.Tensor] = {}
         if needs["down"] or needs["down_bias"] or call.slices is not None:
-            scaled_SH = gradient_SH.all()
-            if scale_S1 is not None:
-                scaled_SH = (scaled_SH * scale_S1).to(down.dtype)
-            scaled_SH = routing.without_elsewhere(scaled_SH)
+            scaled_SH = gradient_SH if scale_S1 is None else gradient_SH.mul_(scale_S1)
             results["down"] = call.gradient_of_weight(middle_SI, scaled_SH) if needs["down"] else None
             results["down_bias"] = call.gradient_of_bias(scaled_SH) if needs["down_bias"] else None
             if call.slices is not None:
@@ -286,23 +276,23 @@ class _Experts(torch.autograd.Function):
         found = torch.autograd.grad(middle, [first_SF, *others], gradient_SI, allow_unused=True)
         gradient_SF = found[0]
         gradients_of_others = [_sum(*pair) for pair in zip(gradients_of_others, found[1:], strict=True)]
-        gradient_in_SH = call.gradient_of_input(Rows(gradient_SF, None), up)
+        gradient_in_SH = call.gradient_of_input(gradient_SF, up)
         gradient_inner = None
         if call.up is not None:
-            gradient_inner = call.up.add_gradient_to(
-                gradient_in_SH, Rows(gradient_SF, None), up_factors, up_b_EOR, offsets_E
-            )
+            gradient_inner = call.up.add_gradient_to(gradient_in_SH, gradient_SF, up_factors, up_b_EOR, offsets_E)
         of_up_factors: list[torch.Tensor] = []
         if call.up is not None or needs["up"] or call.slices is not None:
-            input_SH = routing.to_experts(hidden_TH.to(up.dtype))
+            # Into the memory of a gradient that has done its work.
+            input_SH = torch.index_select(hidden_TH.to(up.dtype), 0, routing.token_S, out=gradient_SH)
+            input_SH = routing.without_elsewhere(input_SH)
             if call.up is not None:
                 of_up_factors = call.up.factor_gradients(
-                    input_SH, inner_up, Rows(gradient_SF, None), gradient_inner, up_factors, offsets_E
+                    input_SH, inner_up, gradient_SF, gradient_inner, up_factors, offsets_E
                 )
             if needs["up"]:
-                results["up"] = call.gradient_of_weight(input_SH.all(), gradient_SF)
+                results["up"] = call.gradient_of_weight(input_SH, gradient_SF)
             if call.slices is not None:
-                of_slices |= call.gradients_of_slices(call.first_name, input_SH.all(), gradient_SF)
+                of_slices |= call.gradients_of_slices(call.first_name, input_SH, gradient_SF)
         if needs["up_bias"]:
             results["up_bias"] = call.gradient_of_bias(gradient_SF)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The low-rank products of expert LoRA: `Adapter` and `LowRank`, which lays out factors as grouped products take them.
+The low-rank products of expert LoRA: `Adapter`, `LowRank`, and the layouts in which grouped products take their factors.
 
 PEFT keeps the factors of all experts in two matrices: `lora_A` (r * E, I), expert by expert, and `lora_B` (O, r * E), rank by
 rank. A `LowRank` has those of all adapters that are active on one projection side by side, as `a_ERI` and `b_EOR`, and
@@ -15,12 +15,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.integrations.moe import _grouped_mm
 
 from .errors import ExpertLoraError
-from .products import Rows, add_grouped_mm, aligned, grouped_mm, grouped_outer
 
+
+ROW_BYTES = 16  # grouped products want rows that start at multiples of this, as those do that they return
 
 EXPERTS_PER_ROW = 4  # a row for every so many experts, or fewer, are few
+
+
+def grouped_mm(input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Every row times the matrix of its expert `(S, O)`; rows behind the last offset are left undefined."""
+    return _grouped_mm(input_SI, weight_EIO, offsets_E)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in rows that start where grouped products want it: hooks that copy what autograd saves lose that."""
+    if tensor.stride(-2) * tensor.itemsize % ROW_BYTES == 0:
+        return tensor
+    padding = -tensor.shape[-1] % (ROW_BYTES // tensor.itemsize)
+    return tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] + padding)[..., : tensor.shape[-1]].copy_(tensor)
+
+
+def add_grouped_mm(
+    output_SO: torch.Tensor, input_SI: torch.Tensor, weight_EIO: torch.Tensor, offsets_E: torch.Tensor
+) -> None:
+    """Add the same to `output_SO`."""
+    if output_SO.device.type != "cpu":
+        output_SO += grouped_mm(input_SI, weight_EIO, offsets_E)
+        return
+    # Expert by expert no second output is needed, whose memory takes longer to get than the product to compute.
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        if end > start:
+            output_SO[start:end].addmm_(input_SI[start:end], weight_EIO[expert])
+        start = end
+
+
+def grouped_outer(left_SA: torch.Tensor, right_SB: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Per expert, the sum of the outer products of its rows `(E, A, B)`: the gradient of a weight."""
+    return torch.nn.functional.grouped_mm(left_SA.T, right_SB.to(left_SA.dtype), offs=offsets_E)
 
 
 @dataclass(frozen=True)
@@ -86,7 +121,7 @@ class LowRank:
             self.scaling = scaling_A.repeat_interleave(torch.tensor(self.ranks, device=device), dim=-1)
 
     def add_to(
-        self, output_SO: torch.Tensor, input_SI: Rows, expert_S: torch.Tensor, offsets_E: torch.Tensor
+        self, output_SO: torch.Tensor, input_SI: torch.Tensor, expert_S: torch.Tensor, offsets_E: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Add to a projection's output what the adapters make of its input.
@@ -110,7 +145,7 @@ class LowRank:
     def add_gradient_to(
         self,
         gradient_SI: torch.Tensor,
-        gradient_SO: Rows,
+        gradient_SO: torch.Tensor,
         factors: Sequence[torch.Tensor],
         b_EOR: torch.Tensor | None,
         offsets_E: torch.Tensor,
@@ -119,24 +154,23 @@ class LowRank:
         b_EOR = self._b(factors) if b_EOR is None else aligned(b_EOR)
         inner_SR = grouped_mm(gradient_SO, b_EOR, offsets_E).mul_(self.scaling)
         if self.dropout:
-            through_SI = grouped_mm(Rows(inner_SR, None), self._a(factors), offsets_E)
-            gradient_SI += self._dropped(Rows(through_SI, None)).values
+            gradient_SI += self._dropped(grouped_mm(inner_SR, self._a(factors), offsets_E))
         else:
             add_grouped_mm(gradient_SI, inner_SR, self._a(factors), offsets_E)
         return inner_SR
 
     def factor_gradients(
         self,
-        input_SI: Rows,
+        input_SI: torch.Tensor,
         inner_SR: torch.Tensor,
-        gradient_SO: Rows,
+        gradient_SO: torch.Tensor,
         gradient_SR: torch.Tensor,
         factors: Sequence[torch.Tensor],
         offsets_E: torch.Tensor,
     ) -> list[torch.Tensor]:
         """The gradients of `lora_a` and `lora_b` of every adapter, in PEFT's layout."""
-        a_ERI = grouped_outer(Rows(gradient_SR, None), self._dropped(input_SI), offsets_E)
-        b_EOR = grouped_outer(gradient_SO, Rows(aligned(inner_SR), None), offsets_E)
+        a_ERI = grouped_outer(gradient_SR, self._dropped(input_SI), offsets_E)
+        b_EOR = grouped_outer(gradient_SO, aligned(inner_SR), offsets_E)
         gradients = []
         for number, (a, b) in enumerate(
             zip(a_ERI.split(self.ranks, dim=1), b_EOR.split(self.ranks, dim=2), strict=True)
@@ -163,11 +197,10 @@ class LowRank:
         ]
         return aligned(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
 
-    def _dropped(self, rows_SI: Rows) -> Rows:
+    def _dropped(self, values_SI: torch.Tensor) -> torch.Tensor:
         """Dropout with the same mask every time, so that backward needs none of it kept."""
         if not self.dropout:
-            return rows_SI
-        values_SI = rows_SI.all()
+            return values_SI
         generator = torch.Generator(values_SI.device).manual_seed(self.seed)
         kept_SI = torch.empty_like(values_SI).bernoulli_(1 - self.dropout, generator=generator)
-        return Rows(values_SI * kept_SI.div_(1 - self.dropout), None)
+        return values_SI * kept_SI.div_(1 - self.dropout)

@@ -14,7 +14,6 @@ from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTex
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 
 from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft
-from hf_moe.adapters import products
 from hf_moe.adapters.errors import ExpertLoraError
 from hf_moe.adapters.grouped_lora import GroupedParamWrapper, disable_grouped_lora, enable_grouped_lora
 
@@ -44,17 +43,6 @@ def test_loss_and_gradients_are_those_of_peft(kind):
     model = enable_grouped_lora(copy.deepcopy(vanilla))
     assert_same_step(model, vanilla)
     assert_same_step(disable_grouped_lora(model), vanilla)
-
-
-@layouts
-def test_large_layers_expert_by_expert(kind, monkeypatch):
-    """On a CPU, where memory for all pairs at once is avoided."""
-    monkeypatch.setattr(products, "LARGE_BYTES", 0)
-    vanilla = with_adapter(small_moe(kind))
-    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla)
-    for parameter in vanilla.parameters():
-        parameter.requires_grad_(True)
-    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla, bound=5e-5)
 
 
 @layouts
@@ -418,10 +406,8 @@ def nan_in_new_memory():
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")
-@pytest.mark.parametrize("large", [False, True])
-def test_experts_of_another_device_add_nothing(large, monkeypatch):
+def test_experts_of_another_device_add_nothing():
     """Expert parallelism names them by an index behind the last, with a weight of zero."""
-    monkeypatch.setattr(products, "LARGE_BYTES", 0 if large else products.LARGE_BYTES)
     model = enable_grouped_lora(with_adapter(small_moe("mixtral")))
     wrapper = next(module for module in model.modules() if isinstance(module, ParamWrapper))
     wrapper.get_base_layer()._is_expert_parallel = True
