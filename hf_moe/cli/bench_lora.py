@@ -210,7 +210,8 @@ def _measure(name: str, layers: dict[str, Any], step: Step, runs: int) -> list[d
             "times_frozen": round(median[variant] / median[FROZEN], 3),
             "times_peft": round(median[variant] / median[PEFT], 3),
             "saved_mib": round(saved[variant] / 2**20, 1),
-            "saved_times_frozen": round(saved[variant] / saved[FROZEN], 2),
+            # With checkpointing nothing is saved but the inputs.
+            "saved_times_frozen": round(saved[variant] / saved[FROZEN], 2) if saved[FROZEN] else None,
             "peak_mib": round(peak[variant] / 2**20, 1),
         }
         for variant in (FROZEN, OURS, PEFT)

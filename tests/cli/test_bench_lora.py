@@ -37,9 +37,10 @@ def test_what_is_counted():
     assert saved_bytes(layers[OURS], step) < 8 * weights
 
 
-def test_the_command(run_command):
+@pytest.mark.parametrize("more", [[], ["--checkpointing"]])
+def test_the_command(run_command, more):
     arguments = ["--shape", "gpt-oss-20b", "--scale", "0.01", "--tokens", "256", "--rank", "2", "--runs", "1"]
-    run = run_command("bench", "lora", *arguments, "--json")
+    run = run_command("bench", "lora", *arguments, *more, "--json")
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout[: run.stdout.rindex("]") + 1])
     assert [row["experts"] for row in rows] == [FROZEN, OURS, PEFT]
