@@ -303,14 +303,25 @@ class ExpertLoraConfig(LoraConfig):
     def _check_what_peft_makes_of_it(self, model: nn.Module) -> None:
         """PEFT reads names of a few classes' older checkpoints as experts or routers, and then changes parameters and ranks."""
         read = copy.deepcopy(self)
-        convert_peft_config_for_transformers(read, model, None)
-        added = set(read.target_parameters or ()) - set(self.target_parameters or ())
         written = set() if isinstance(self.target_modules, str) else set(self.target_modules or ())
-        if taken := sorted(written - set(read.target_modules or ())) or sorted(added):
+        taken: list[str] = []
+        try:
+            convert_peft_config_for_transformers(read, model, None)
+        except ValueError:  # some of the names of what is one parameter today
+            taken = sorted(written)
+        added = set(read.target_parameters or ()) - set(self.target_parameters or ())
+        if taken := taken or sorted(written - set(read.target_modules or ())) or sorted(added):
             raise ExpertLoraError(
-                f"Of {model.config.model_type} models PEFT takes the module names {taken} for the experts and routers of older "
+                f"Of {model.config.model_type} models PEFT takes module names among {taken} for the experts and routers of older "
                 "checkpoints, so that shared experts and dense layers cannot be adapted under these names. Give `target_modules` "
                 "without them; experts are chosen with `target_experts`, routers with `train_router`."
+            )
+        names = [plain_name(name) for name, _ in _outside_adapters(model)]
+        unmatched = [name for name in sorted(written) if not any(f".{of}".endswith(f".{name}") for of in names)]
+        if unmatched:
+            raise ExpertLoraError(
+                f"target_modules has {unmatched[0]!r}, but no module of {type(model).__name__} is called that. Experts are chosen with "
+                "`target_experts`, not by the names that their projections have in dense models."
             )
 
 

@@ -180,6 +180,11 @@ def load_esft(model: PreTrainedModel, folder: str | os.PathLike) -> PreTrainedMo
     Raises:
         ExpertLoraError: if a tensor is missing, left over, of another shape or not finite. The model is then as it was.
     """
+    if missing := [name for name in (SELECTION_NAME, WEIGHTS_NAME) if not Path(folder, name).is_file()]:
+        raise ExpertLoraError(
+            f"{folder} has no {missing[0]}, so it is nothing that `save_esft` wrote. An adapter is loaded with PEFT's "
+            "`PeftModel.from_pretrained`."
+        )
     selection = ExpertSelection.load(Path(folder, SELECTION_NAME))
     experts = experts_by_layer(model)
     _check(model, selection, experts)
@@ -220,6 +225,15 @@ def _sliced(model: nn.Module) -> Iterator[tuple[int, str, nn.Module, ExpertSlice
 
 
 def _check(model: nn.Module, selection: ExpertSelection, experts: dict[int, tuple[str, Any]]) -> None:
+    if not isinstance(selection, ExpertSelection):
+        raise ExpertLoraError(
+            f"The selection is a {type(selection).__name__}. Give an ExpertSelection: from `select_experts`, `ExpertSelection.load(path)`, "
+            "or `ExpertSelection({layer: [expert, ...]})`."
+        )
+    if strange := [layer for layer in selection.experts if not isinstance(layer, int)]:
+        raise ExpertLoraError(
+            f"The selection has the layer {strange[0]!r}, a {type(strange[0]).__name__}. Layers are whole numbers."
+        )
     if not any(selection.experts.values()):
         raise ExpertLoraError("The selection has no expert.")
     for layer, ids in selection.experts.items():

@@ -62,7 +62,11 @@ def check_shapes(
     wrong = sorted(name for name in common if tensors[name].shape != expected[name])
     if not wrong:
         return Check(
-            "shapes", OK, "ranks, experts and sizes as in the model" if common else "there is nothing to compare"
+            "shapes",
+            OK,
+            f"as in the model, of the {len(common)} tensors that have a place in it"
+            if common
+            else "there is nothing to compare",
         )
     described: dict[tuple[str, str], list[int | None]] = defaultdict(list)
     only_ranks = True
@@ -162,8 +166,8 @@ def check_effect(factors: list[Factors], tensors: dict[str, torch.Tensor]) -> Ch
         return Check(
             "effect",
             WARNING,
-            f"none in {silent_experts} of {num_experts} experts",
-            f"{silent_experts} of {num_experts} adapted experts have a lora_B of zero: no token reached them in training, or they "
+            f"none in {silent_experts} of {num_experts} factor pairs of experts",
+            f"{silent_experts} of {num_experts} factor pairs of experts have a lora_B of zero: no token reached them in training, or they "
             "were left out.",
         )
     return Check("effect", OK, f"none of {len(factors)} targets is without")

@@ -43,6 +43,10 @@ def doctor(
     """
     import dataclasses
 
+    if not base:
+        raise ValueError(
+            "--base is missing: give the mixture of experts that the adapter is for, a folder or a Hub id."
+        )
     from ..adapters.doctor import convert_adapter, diagnose
 
     if fix is not None and fix.exists():

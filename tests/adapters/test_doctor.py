@@ -213,7 +213,7 @@ def test_parts_without_effect_are_warnings(adapter):
     experts = "base_model.model.model.layers.{}.mlp.experts.lora_B.weight"
     change(adapter, lambda tensors: tensors[experts.format(1)].view(-1, 4, 4)[:, :, 2].zero_())
     diagnosis = check_adapter(adapter, small_moe("mixtral"))
-    assert "1 of 24 adapted experts have a lora_B of zero" in details(diagnosis, "effect")
+    assert "1 of 24 factor pairs of experts have a lora_B of zero" in details(diagnosis, "effect")
     change(adapter, lambda tensors: tensors[experts.format(2)].zero_())
     diagnosis = check_adapter(adapter, small_moe("mixtral"))
     assert "mlp.experts.down_proj in layer 2" in details(diagnosis, "effect")

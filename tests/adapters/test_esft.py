@@ -267,6 +267,8 @@ def test_quantized_experts_are_refused():
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
+        ({0: [1]}, "is a dict. Give an ExpertSelection"),
+        (ExpertSelection({"0": [1]}), "the layer '0', a str"),
         (ExpertSelection({}), "no expert"),
         (ExpertSelection({0: []}), "no expert"),
         (ExpertSelection({0: [4]}), "expert 4 in layer 0, which has the experts 0 to 3"),
@@ -289,6 +291,8 @@ def test_models_that_are_not_fit_are_refused(tmp_path):
     model = apply_esft(small_moe("mixtral"), ExpertSelection({0: [1]}))
     with pytest.raises(ExpertLoraError, match=r"trained experts already.*remove_esft\(model\)"):
         apply_esft(model, ExpertSelection({0: [1]}))
+    with pytest.raises(ExpertLoraError, match="has no expert_cfg.json.*PeftModel.from_pretrained"):
+        load_esft(small_moe("mixtral"), tmp_path)
     with pytest.raises(ExpertLoraError, match="none to save"):
         save_esft(small_moe("mixtral"), tmp_path)
     model.lm_head.requires_grad_(True)
