@@ -7,7 +7,32 @@
 Expert LoRA with transformers' Trainer and TRL's SFTTrainer, and fine-tuning of chosen experts (ESFT), on an upcycled model.
 
     python examples/01_upcycle.py HuggingFaceTB/SmolLM2-135M-Instruct smollm2-moe --num-experts 8
-    python examples/04_expert_lora.py smollm2-moe outputs
+    python examples/04_expert_lora.py smollm2-moe outputs --steps 5 --eval-blocks 2
+
+prints, after what will train and the lines of the trainers (2 cores; times vary by a factor of two there):
+
+    LoRA on licences, 5 steps of 4 x 96 tokens
+                    trained  ppl code  ppl licences  s/step
+    as upcycled                  9.29          3.56
+    Trainer      12,902,400      9.16          3.11    4.21
+    SFTTrainer   12,902,400      9.16          3.11    6.20
+    PEFT's own computation of the same adapter: 6.80 s/step (3 steps)
+    reloaded in PEFT alone: max|logit difference| / max|logit| = 2.4e-06
+
+    ESFT, experts that serve 20% of the tokens
+                         trained  ppl code  ppl licences  s/step  MiB saved
+    ESFT on code      84,934,656      9.13          3.51    3.80        324
+    ESFT on licences  84,934,656      9.25          3.16    3.44        324
+
+    selected experts          code      licences
+    layer  0                [3, 7]        [7, 3]
+    layer  1                   [2]           [2]
+    layer  2                   [1]           [1]
+    layer  3                [4, 0]           [0]
+    layer  4                   [6]           [6]
+    layer  5                   [7]           [4]
+    ...
+    the same in 15 of 30 layers
 """
 
 import argparse
