@@ -49,6 +49,14 @@ DENSE_NAMES = {"Gemma3TextForCausalLM": "Gemma3ForCausalLM", "GPT2ForCausalLM": 
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 ROPE_PER_LAYER_TYPE = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
 ALTERNATING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+MLA = {  # multi-head latent attention, as in DeepSeek
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,

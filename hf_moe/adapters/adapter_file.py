@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from .config import METADATA
 from .errors import ExpertLoraError
+from .esft import SELECTION_NAME
 from .factors import Factors, swap_all
 
 
@@ -52,9 +53,14 @@ class AdapterFile:
         """
         path = _find(source, CONFIG)
         if path is None:
+            experts = _find(source, SELECTION_NAME)
             raise ExpertLoraError(
-                f"{source} is no adapter: it has no {CONFIG}. Give the folder or Hub id that `save_pretrained` of a model with an "
-                "adapter wrote."
+                f"{source} is no adapter: it has no {CONFIG}. "
+                + (
+                    "It has experts of `save_esft`: `load_esft(model, folder)` puts them into a model, and looks at them before."
+                    if experts
+                    else "Give the folder or Hub id that `save_pretrained` of a model with an adapter wrote."
+                )
             )
         try:
             config = json.loads(path.read_text(encoding="utf-8"))

@@ -58,7 +58,7 @@ class ExpertLoraConfig(LoraConfig):
             LoRA on routers.
         kwargs:
             Everything that [`~peft.LoraConfig`] takes. `target_modules` (default: none) are modules outside the experts;
-            `"all-linear"` is every linear module but routers, experts and the output layer. `layers_to_transform` holds for the
+            `"all-linear"` is every linear module but routers, experts, the gate of a shared expert and the output layer. `layers_to_transform` holds for the
             experts as well.
 
     Raises:
@@ -131,7 +131,7 @@ class ExpertLoraConfig(LoraConfig):
                 "The experts have an adapter that PEFT computes. Call `enable_grouped_lora(model)` first."
             )
         routers = {plain_name(name): router for name, router in find_routers(base).items()}
-        config.target_parameters = self._parameters(experts, list(routers))
+        config.target_parameters = self._parameters(experts, {name: of.module for name, of in routers.items()})
         config.target_modules, caught = self._modules(base, list(experts), list(routers))
         config._set_ranks(experts, caught, next(iter(routers.values())).top_k)
         config._check_what_peft_makes_of_it(base)
@@ -187,7 +187,7 @@ class ExpertLoraConfig(LoraConfig):
             written["expert_rank"] = {int(layer): ranks for layer, ranks in written["expert_rank"].items()}
         return cls(**{item.name: getattr(plain, item.name) for item in fields(LoraConfig)} | written)
 
-    def _parameters(self, experts: dict[str, nn.Module], routers: list[str]) -> list[str]:
+    def _parameters(self, experts: dict[str, nn.Module], routers: dict[str, nn.Module]) -> list[str]:
         names = {projection for layer in experts.values() for projection in projections(layer)}
         chosen = names if self.target_experts == "all" else self.target_experts
         if not isinstance(chosen, (list, set, tuple)) or not chosen or not set(chosen) <= names:
@@ -201,6 +201,12 @@ class ExpertLoraConfig(LoraConfig):
                 raise ExpertLoraError(
                     "PEFT has no dropout for a router. With train_router=True leave lora_dropout at 0; expert_dropout is free."
                 )
+            for name, router in routers.items():
+                if getattr(getattr(router, "weight", None), "ndim", 0) != 2:
+                    raise ExpertLoraError(
+                        f"The router {name} ({type(router).__name__}) is no matrix called `weight`, so that PEFT cannot adapt it. Leave "
+                        "train_router at False, or train it in full with `modules_to_save`."
+                    )
             parameters += [f"{name}.weight" for name in routers]
         if self.exclude_modules and (
             excluded := [name for name in experts if check_target_module_exists(_only(self.exclude_modules), name)]
@@ -231,6 +237,7 @@ class ExpertLoraConfig(LoraConfig):
                 for name, module in modules.items()
                 if isinstance(module, (nn.Linear, Conv1D))
                 and module is not output
+                and not name.endswith("shared_expert_gate")  # a vector
                 and not any(f"{name}.".startswith(f"{outside}.") for outside in (*experts, *routers))
             ]
             chosen = sorted({name_in_layer(name) for name in caught})

@@ -103,7 +103,7 @@ def check_adapter(
 
 def diagnose(
     adapter: str | Path,
-    base: PreTrainedModel | str | Path,
+    base: PreTrainedModel | str | Path | None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Diagnosis:
@@ -111,6 +111,7 @@ def diagnose(
     The same as [`check_adapter`], with what is wrong in the checks instead of an error.
 
     Args:
+        base ([`~transformers.PreTrainedModel`], `str` or `Path`, *optional*): The model that the adapter names if None.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar while the adapter is read.
 
     Raises:
@@ -118,8 +119,11 @@ def diagnose(
     """
     base = base.get_base_model() if isinstance(base, PeftModel) else base
     file = AdapterFile.read(adapter, progress)
-    base_name = str(base.name_or_path or type(base).__name__) if isinstance(base, PreTrainedModel) else str(base)
     made_for = file.config.get("base_model_name_or_path")
+    if base is None and not made_for:
+        raise ExpertLoraError(f"{adapter} does not say which model it is for. Give it with `--base`.")
+    base = made_for if base is None else base
+    base_name = str(base.name_or_path or type(base).__name__) if isinstance(base, PreTrainedModel) else str(base)
     config = file.lora_config()
     empty = without_weights(base, config.task_type, trust_remote_code)
     checks = [

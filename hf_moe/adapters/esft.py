@@ -109,10 +109,8 @@ def apply_esft(
     _check(model, selection, experts)
     for name, parameter in model.named_parameters():
         in_experts = any(name.startswith(f"{prefix}.") for prefix, _ in experts.values())
-        is_shared = "shared_expert" in name or "shared_mlp" in name
-        parameter.requires_grad_(
-            not in_experts and (selection.shared_experts if is_shared else selection.non_expert_modules)
-        )
+        trained = selection.shared_experts if _is_shared(name) else selection.non_expert_modules
+        parameter.requires_grad_(trained and not in_experts)
     for layer, ids in selection.experts.items():
         if not ids:
             continue
@@ -254,10 +252,17 @@ def _check(model: nn.Module, selection: ExpertSelection, experts: dict[int, tupl
                 f"The weights of {name} are quantized or sharded, so that parts of them cannot be trained. Load the model in "
                 "bfloat16 and train it with DDP, or use an ExpertLoraConfig with `expert_rank=selection.ranks(...)`."
             )
+    if selection.shared_experts and not any(_is_shared(name) for name, _ in model.named_parameters()):
+        raise ExpertLoraError("The selection has shared_experts, but this model has none. Set it to False.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ExpertLoraError(
             "The model has an adapter of PEFT. Merge or unload it first (`merge_and_unload()`, `unload()`)."
         )
+
+
+def _is_shared(name: str) -> bool:
+    """Whether a parameter is of what transformers calls `shared_expert`, `shared_experts` or, in Granite, `shared_mlp`."""
+    return "shared_expert" in name or "shared_mlp" in name
 
 
 def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .errors import ExpertLoraError
-from .layers import experts_by_layer
+from .layers import check_replaceable, experts_by_layer
 
 
 logger = logging.get_logger(__name__)
@@ -108,11 +108,6 @@ class ExpertSelection:
             for layer, experts in self.experts.items()
         }
 
-    def summary(self) -> str:
-        """One line per layer."""
-        lines = [f"layer {layer:>3}  {len(experts):>3} experts: {experts}" for layer, experts in self.experts.items()]
-        return "\n".join(lines)
-
 
 @torch.no_grad()
 def score_experts(
@@ -142,32 +137,38 @@ def score_experts(
     if kind not in KINDS:
         raise ExpertLoraError(f"kind is {kind!r}. Choose from {', '.join(map(repr, KINDS))}.")
     experts = experts_by_layer(model)
+    for name, module in experts.values():
+        check_replaceable(name, module)  # whose forward pass takes what is counted here
     device = next(model.parameters()).device
     sums: dict[int, torch.Tensor] = {}
     mask_T: torch.Tensor | None = None
     seen = 0
 
-    def add(layer: int):
-        def hook(module: Any, args: tuple, kwargs: dict) -> None:
-            _, index_TK, weights_TK = (*args, *kwargs.values())[:3]
-            values_TK = torch.full_like(weights_TK, 1 / index_TK.shape[1]) if kind == "token" else weights_TK
+    def counting_hook(layer: int):
+        def count(experts: Any, hidden_states: Any, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
+            weights_TK = top_k_weights.double()
+            values_TK = weights_TK if kind == "gate" else torch.full_like(weights_TK, 1 / top_k_index.shape[1])
             if mask_T is not None:
-                values_TK = values_TK * mask_T[:, None]
-            scores_E = torch.zeros(module.num_experts + 1, dtype=torch.float64, device=index_TK.device)
-            # One more takes the experts of other devices.
-            scores_E.index_add_(0, index_TK.reshape(-1).clamp(max=module.num_experts), values_TK.reshape(-1).double())
-            sums[layer] = sums.get(layer, 0) + scores_E[:-1]
+                values_TK = values_TK * mask_T[:, None].to(values_TK.device)
+            scores_E = values_TK.new_zeros(experts.num_experts)
+            scores_E.index_add_(0, top_k_index.reshape(-1), values_TK.reshape(-1))
+            sums[layer] = sums.get(layer, 0) + scores_E
 
-        return hook
+        return lambda experts, args, kwargs: count(experts, *args, **kwargs)
 
     handles = [
-        module.register_forward_pre_hook(add(layer), with_kwargs=True, prepend=True)
+        module.register_forward_pre_hook(counting_hook(layer), with_kwargs=True)
         for layer, (_, module) in experts.items()
     ]
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         for batch in dataloader:
+            if not isinstance(batch, Mapping):
+                raise ExpertLoraError(
+                    f"A batch is a {type(batch).__name__}. Give a DataLoader, or a list, of what the tokenizer returns: mappings with "
+                    "`input_ids` and `attention_mask`."
+                )
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
             tokens, mask = batch.get("input_ids"), batch.get("attention_mask")
             if tokens is None or (mask is not None and mask.shape != tokens.shape):

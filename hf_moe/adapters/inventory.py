@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from ..training.recorder import find_routers
+from .grouped_forward import SLICES
 from .layers import PROJECTIONS, is_experts, layer_index, name_in_layer, plain_name, projections
 from .param_wrapper import GroupedParamWrapper
 
@@ -36,6 +37,7 @@ class Target:
         is_active (`bool`, *optional*, defaults to `True`): Whether the adapter is active.
         ranks (`dict[int, list[int]]`, *optional*): Per layer the rank that can train, of experts one each. It is 0 of experts
             whose factors are zero.
+        experts (`dict[int, list[int]]`, *optional*): Per layer the experts that will train, where some may not.
         num_experts (`int`, *optional*): Number of experts.
         scaling (`list[float]`, *optional*): What the product of the factors is multiplied with, smallest and largest.
         dropout (`float`, *optional*): Dropout on what enters the adapter.
@@ -50,6 +52,7 @@ class Target:
     adapter: str | None = None
     is_active: bool = True
     ranks: dict[int, list[int]] = field(default_factory=dict)
+    experts: dict[int, list[int]] = field(default_factory=dict)
     num_experts: int | None = None
     scaling: list[float] = field(default_factory=list)
     dropout: float | None = None
@@ -64,11 +67,21 @@ def inventory(model: nn.Module) -> list[Target]:
     found = [target for name, layer in adapted.items() for target in _adapters_of(name, layer, routers)]
     found += _in_full(model, list(experts), routers)
     touched = {target.name for target in found}
+    is_esft = any(hasattr(layer, SLICES) for layer in experts.values())
     for name, layer in experts.items():
         for projection in projections(layer):
-            if f"{name}.{projection}" not in touched:
-                full_name = f"{name}.{projection}"
-                found.append(Target(full_name, EXPERTS, NOT_ADAPTED, _layers(name), num_experts=layer.num_experts))
+            if (full_name := f"{name}.{projection}") not in touched:
+                training = FROZEN if is_esft else NOT_ADAPTED
+                found.append(
+                    Target(
+                        full_name,
+                        EXPERTS,
+                        training,
+                        _layers(name),
+                        experts=dict.fromkeys(_layers(name), []),
+                        num_experts=layer.num_experts,
+                    )
+                )
     for name in routers:
         if not any(f"{other}.".startswith(f"{name}.") for other in touched):
             found.append(Target(name, ROUTER, FROZEN, _layers(name)))
@@ -82,7 +95,7 @@ def is_expert_wrapper(layer: nn.Module) -> bool:
 
 def site(name: str) -> str:
     """The name of a module or parameter in the model as it is without PEFT."""
-    parts = plain_name(name).split(".")
+    parts = [part for part in plain_name(name).split(".") if part != SLICES]
     if "modules_to_save" in parts:
         place = parts.index("modules_to_save")
         del parts[place : place + 2]
@@ -90,8 +103,8 @@ def site(name: str) -> str:
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a parameter was added by PEFT."""
-    return ".lora_" in name or ".modules_to_save." in name
+    """Whether a parameter was added by PEFT, or by `apply_esft`."""
+    return ".lora_" in name or ".modules_to_save." in name or f".{SLICES}." in name
 
 
 def _adapters_of(name: str, layer: Any, routers: list[str]) -> Iterator[Target]:
@@ -115,6 +128,9 @@ def _adapters_of(name: str, layer: Any, routers: list[str]) -> Iterator[Target]:
             adapter,
             adapter in layer.active_adapters and not layer.disable_adapters,
             dict.fromkeys(_layers(module), ranks),
+            dict.fromkeys(_layers(module), [one for one, of_expert in enumerate(ranks) if of_expert])
+            if is_expert
+            else {},
             layer.num_experts if is_expert else None,
             [layer.scaling[adapter]],
             dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
@@ -140,7 +156,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _in_full(model: nn.Module, experts: list[str], routers: list[str]) -> Iterator[Target]:
-    """Parameters that are trained themselves: copies for `modules_to_save`, and whatever else was not frozen."""
+    """Parameters that are trained themselves: copies for `modules_to_save`, experts chosen by ESFT, what else was not frozen."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name or not (parameter.requires_grad or ".modules_to_save." in name):
             continue
@@ -149,8 +165,18 @@ def _in_full(model: nn.Module, experts: list[str], routers: list[str]) -> Iterat
         for other, modules in ((EXPERTS, experts), (ROUTER, routers)):
             if place.startswith(tuple(f"{module}." for module in modules)):
                 kind = other
-        training = FULL if parameter.requires_grad else f"{FULL}, {FROZEN}"
-        yield Target(place, kind, training, _layers(place), parameter.numel() if parameter.requires_grad else 0)
+        target = Target(
+            place,
+            kind,
+            FULL if parameter.requires_grad else f"{FULL}, {FROZEN}",
+            _layers(place),
+            parameter.numel() if parameter.requires_grad else 0,
+        )
+        if f".{SLICES}." in name:
+            slices: Any = model.get_submodule(name.rpartition(".")[0])
+            ids = dict.fromkeys(target.layers, slices.ids_N.tolist())
+            target = replace(target, experts=ids, num_experts=len(slices.local_E))
+        yield target
 
 
 def _router_names(model: nn.Module) -> list[str]:
@@ -189,5 +215,6 @@ def _joined(group: list[Target]) -> Target:
         layers=sorted({layer for target in group for layer in target.layers}),
         num_parameters=sum(target.num_parameters for target in group),
         ranks={layer: ranks for target in group for layer, ranks in target.ranks.items()},
+        experts={layer: experts for target in group for layer, experts in target.experts.items()},
         scaling=[min(scaling), max(scaling)] if scaling else [],
     )

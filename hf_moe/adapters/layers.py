@@ -93,7 +93,7 @@ def check_replaceable(name: str, experts: nn.Module) -> None:
     if implementation not in REPLACEABLE:
         raise ExpertLoraError(
             f"{name} is computed by the experts implementation {implementation!r}, in which the projections have no place for "
-            f"anything between them that is known here. Load the model with `experts_implementation='grouped_mm'`."
+            "anything between them that is known here. Load the model with `experts_implementation='grouped_mm'`."
         )
     for forward in (type(experts).forward, experts.__dict__.get("forward")):
         module = getattr(forward, "__module__", None) or ""

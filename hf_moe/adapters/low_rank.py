@@ -21,7 +21,6 @@ from .errors import ExpertLoraError
 
 
 ROW_BYTES = 16  # grouped products want rows that start at multiples of this, as those do that they return
-
 EXPERTS_PER_ROW = 4  # a row for every so many experts, or fewer, are few
 
 
@@ -116,7 +115,7 @@ class LowRank:
         self.scaling: float | torch.Tensor = adapters[0].scaling
         if len(adapters) > 1 or uses_SA is not None:
             device = self.factors[0].device
-            scaling_A = torch.tensor([adapter.scaling for adapter in adapters], dtype=dtype, device=device)
+            scaling_A = torch.tensor([adapter.scaling for adapter in adapters], device=device)
             scaling_A = scaling_A if uses_SA is None else uses_SA * scaling_A
             self.scaling = scaling_A.repeat_interleave(torch.tensor(self.ranks, device=device), dim=-1)
 

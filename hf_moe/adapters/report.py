@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ExpertLoraError
+from .grouped_forward import SLICES
 from .inventory import (
     EXPERTS,
     LORA,
@@ -82,17 +83,17 @@ class ExpertLoraReport:
 
 def expert_lora_report(model: nn.Module) -> ExpertLoraReport:
     """
-    What of a mixture of experts with adapters will train: which experts, routers and other modules, and how.
+    What of a mixture of experts will train, with adapters or after [`apply_esft`]: which experts, routers and other modules, how.
 
     Args:
-        model (`torch.nn.Module`): A model with adapters from PEFT or from transformers, also compiled or inside DDP. Under FSDP2
-            every process has to make the call.
+        model (`torch.nn.Module`): A model with adapters from PEFT or from transformers or with ESFT's experts, also compiled or
+            inside DDP. Under FSDP2 every process has to make the call.
 
     Returns:
         [`ExpertLoraReport`], to print.
 
     Raises:
-        ExpertLoraError: if the model has no experts or no adapters.
+        ExpertLoraError: if the model has no experts, or neither adapters nor experts chosen by ESFT.
 
     Example:
 
@@ -106,10 +107,10 @@ def expert_lora_report(model: nn.Module) -> ExpertLoraReport:
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not any(is_experts(module) for module in model.modules()) and not any(map(is_expert_wrapper, adapted)):
         find_experts(model)  # says what it found instead
-    if not adapted:
+    if not adapted and not any(hasattr(module, SLICES) for module in model.modules()):
         raise ExpertLoraError(
-            f"{type(model).__name__} has no LoRA adapters. Add one with `get_peft_model(model, ExpertLoraConfig(...).for_model("
-            "model))`, or load one with `PeftModel.from_pretrained`."
+            f"{type(model).__name__} has no LoRA adapters, and no experts chosen with `apply_esft`. Add an adapter with "
+            "`get_peft_model(model, ExpertLoraConfig(...).for_model(model))`, or load one with `PeftModel.from_pretrained`."
         )
     targets = inventory(model)
     layers = {layer_index(site(name)) for name, _ in model.named_modules()} - {None}
@@ -191,15 +192,12 @@ def _table(targets: list[Target], num_layers: int) -> str:
 
 
 def _row(target: Target, num_layers: int) -> dict[str, str]:
-    trained = [sum(rank > 0 for rank in ranks) for ranks in target.ranks.values()]
-    if target.training == NOT_ADAPTED:
-        trained = [0]
     ranks = [rank for of_layer in target.ranks.values() for rank in of_layer if rank]
     return {
         "TARGET": target.name,
         "LAYERS": f"all {num_layers}" if len(target.layers) == num_layers else number_ranges(target.layers),
         "TRAINING": target.training,
-        "EXPERTS": f"{_span(trained)} of {target.num_experts}" if target.num_experts else "",
+        "EXPERTS": f"{_span(map(len, target.experts.values()))} of {target.num_experts}" if target.num_experts else "",
         "RANK": _span(ranks),
         "SCALING": _span(target.scaling),
         "DROPOUT": f"{target.dropout:g}" if target.dropout else "",

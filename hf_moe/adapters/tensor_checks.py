@@ -43,6 +43,10 @@ def check_keys(expected: Collection[str], found: Collection[str], made_for: str 
             "Save or download the adapter again, or take out of adapter_config.json what was not trained: `target_modules`, "
             "`target_parameters`, `modules_to_save`."
         )
+    elif _layers(found) == _layers(expected) and len(missing) + len(unexpected) <= len(expected) // 4:
+        details.append(
+            "All others fit, so that these were renamed, added or left out after the training: save or download the adapter again."
+        )
     else:
         if _layers(found) != _layers(expected):
             details.append(f"The file has layers {_layers(found)}, and {_layers(expected)} are expected.")
@@ -69,11 +73,12 @@ def check_shapes(
             else "there is nothing to compare",
         )
     described: dict[tuple[str, str], list[int | None]] = defaultdict(list)
-    only_ranks = True
+    only_ranks, is_damaged = True, False
     for one in factors:
         if not {one.a, one.b} & set(wrong):
             continue
         a, b = tensors.get(one.a), tensors.get(one.b)
+        is_damaged = is_damaged or (a is not None and b is not None and len(a) != b.shape[1])
         fits = (a is None or a.shape[-1] == one.in_features) and (b is None or b.shape[0] == one.out_features)
         only_ranks = only_ranks and fits
         described[name_in_layer(one.name), _compare(one, a, b)].append(layer_index(one.name))
@@ -87,7 +92,9 @@ def check_shapes(
         if name not in explained
     ]
     of_modules = [one for one in factors if one.num_experts == 1 and {one.a, one.b} & set(wrong)]
-    if only_ranks and of_modules:
+    if is_damaged:
+        cause = "Two factors of one target have not the same rank, so the file is damaged: save or download the adapter again."
+    elif only_ranks and of_modules:
         cause = "The ranks are not those of adapter_config.json: correct `r` and `rank_pattern` there, if the file is the right one."
     elif only_ranks and described:
         cause = (
@@ -135,16 +142,18 @@ def check_values(tensors: dict[str, torch.Tensor]) -> Check:
 def check_effect(factors: list[Factors], tensors: dict[str, torch.Tensor]) -> Check:
     """Whether the products of the factors are other than zero."""
     silent: dict[str, list[int | None]] = defaultdict(list)
-    silent_experts = num_experts = 0
+    silent_experts: dict[str, list[str]] = defaultdict(list)
+    num_silent = num_experts = 0
     for one in factors:
         a_is_zero, b_is_zero = _zero_experts(one, tensors)
         if (a_is_zero | b_is_zero).all():
             silent[name_in_layer(one.name)].append(layer_index(one.name))
         elif one.num_experts > 1:
             num_experts += one.num_experts
-            silent_experts += int(
-                (b_is_zero & ~a_is_zero).sum()
-            )  # where both are zero, no rank was given to the expert
+            ids = (b_is_zero & ~a_is_zero).nonzero().flatten().tolist()  # where both are zero, the expert got no rank
+            num_silent += len(ids)
+            if ids:
+                silent_experts[name_in_layer(one.name)].append(f"layer {layer_index(one.name)}: {number_ranges(ids)}")
     others = len(tensors) - 2 * len(factors)
     if sum(map(len, silent.values())) == len(factors) and not others:
         return Check(
@@ -152,7 +161,7 @@ def check_effect(factors: list[Factors], tensors: dict[str, torch.Tensor]) -> Ch
             PROBLEM,
             "none: lora_B is zero everywhere",
             "lora_B is zero everywhere, as before the first training step, so that the adapter changes nothing. Save the model that "
-            "was trained; if it is that, its adapters got no gradient: `hf-moe doctor --run` shows which.",
+            "was trained. If it is that, its adapters got no gradient; the gradient checks of `hf-moe doctor --run` show which.",
         )
     if silent:
         places = "; ".join(f"{name} in layer {number_ranges(layers)}" for name, layers in silent.items())
@@ -163,12 +172,13 @@ def check_effect(factors: list[Factors], tensors: dict[str, torch.Tensor]) -> Ch
             f"Without effect, since a factor is zero: {places}. Were they meant to train?",
         )
     if silent_experts:
+        places = "; ".join(f"{name} in {', '.join(layers)}" for name, layers in silent_experts.items())
         return Check(
             "effect",
             WARNING,
-            f"none in {silent_experts} of {num_experts} factor pairs of experts",
-            f"{silent_experts} of {num_experts} factor pairs of experts have a lora_B of zero: no token reached them in training, or they "
-            "were left out.",
+            f"none in {num_silent} of {num_experts} factor pairs of experts",
+            f"{num_silent} of {num_experts} factor pairs of experts have a lora_B of zero, so that no token reached them in training, or "
+            f"they were left out: {places}.",
         )
     return Check("effect", OK, f"none of {len(factors)} targets is without")
 

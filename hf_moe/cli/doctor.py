@@ -23,7 +23,10 @@ LENGTH = 128  # of a sequence of --run
 
 def doctor(
     adapter: Annotated[str, typer.Argument(help="LoRA adapter: a folder or a Hub id.")],
-    base: Annotated[str, typer.Option(help="Mixture of experts that it is for: a folder or a Hub id.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Mixture of experts: a folder or a Hub id (default: the one that the adapter names)."),
+    ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Load the model: does the adapter change logits, do gradients reach experts?")
     ] = False,
@@ -43,10 +46,6 @@ def doctor(
     """
     import dataclasses
 
-    if not base:
-        raise ValueError(
-            "--base is missing: give the mixture of experts that the adapter is for, a folder or a Hub id."
-        )
     from ..adapters.doctor import convert_adapter, diagnose
 
     if fix is not None and fix.exists():

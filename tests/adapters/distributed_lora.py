@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Training with expert LoRA under DDP and FSDP2: what test_distributed_lora.py starts two processes of.
+Training with expert LoRA under DDP and FSDP2, and with ESFT under DDP: what test_distributed_lora.py starts two processes of.
 
     python distributed_lora.py FOLDER RANK
 """
@@ -18,32 +18,37 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
+from hf_moe import ExpertSelection, apply_esft
 from hf_moe.adapters.errors import ExpertLoraError
 from hf_moe.adapters.grouped_lora import disable_grouped_lora, enable_grouped_lora
 
 
+ESFT = "mixtral, ESFT"
 RANKS = {"mixtral": 4, "gpt_oss": 3}  # of which the latter is filled up with zeros in grouped products
 NUM_STEPS, ROWS = 5, 4
 State = tuple[list[float], dict[str, torch.Tensor]]
 
 
-def model_of(kind: str) -> PeftModel:
+def model_of(kind: str) -> torch.nn.Module:
+    if kind == ESFT:
+        selection = ExpertSelection({0: [1, 2], 1: [0]})
+        return apply_esft(small_moe("mixtral", num_hidden_layers=2), selection).train()
     model = small_moe(kind, num_hidden_layers=2)
     return with_adapter(model, r=RANKS[kind], target_modules=["q_proj", "v_proj"]).train()
 
 
-def adapters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole factors by their names in the model that was wrapped."""
+def trained_parts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole factors, or experts, by their names in the model that was wrapped."""
     whole = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "trained_experts" in name:
             tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             whole[name.removeprefix("module.")] = tensor.detach().clone()
     return whole
 
 
 def train(model: torch.nn.Module, rows: slice = slice(None)) -> State:
-    """The losses of a few steps on these rows of every batch, and the adapters afterwards."""
+    """The losses of a few steps on these rows of every batch, and what was trained."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     batches, losses = ids(NUM_STEPS * ROWS).split(ROWS), []
     for batch in batches:
@@ -52,7 +57,7 @@ def train(model: torch.nn.Module, rows: slice = slice(None)) -> State:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, adapters_of(model)
+    return losses, trained_parts(model)
 
 
 def train_with_trainer(model: PeftModel, folder: str, batch_size: int) -> State:
@@ -75,7 +80,7 @@ def train_with_trainer(model: PeftModel, folder: str, batch_size: int) -> State:
         model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids(NUM_STEPS * ROWS)]
     )
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], adapters_of(model)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trained_parts(model)
 
 
 def checkpointed(model: PeftModel, use_reentrant: bool | None) -> PeftModel:
@@ -108,6 +113,7 @@ def ways_to_train() -> Iterator[tuple[str, str, torch.nn.Module]]:
                     yield kind, f"FSDP2, {unit=}, {reshard=}, {use_reentrant=}", sharded(model, unit, reshard)
         yield kind, "FSDP2, unit='adapters'", sharded(enable_grouped_lora(model_of(kind)), "adapters")
         yield kind, "FSDP2, enabled later", enable_grouped_lora(sharded(model_of(kind), "experts"))
+    yield ESFT, "DDP", DistributedDataParallel(model_of(ESFT))
 
 
 def refusals(folder: str) -> Iterator[str]:

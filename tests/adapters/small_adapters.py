@@ -8,18 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from conftest import TINY, moe_model, randomize
+from conftest import MLA, TINY, moe_model, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 
-MLA = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
+DEEPSEEK = {
+    **MLA,
     "n_routed_experts": 4,
     "n_group": 1,
     "topk_group": 1,
@@ -31,8 +26,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
     "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "shared_expert_intermediate_size": 40}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "norm_topk_prob": True}),
-    "deepseek_v2": ("DeepseekV2", {**MLA, "topk_method": "greedy"}),
-    "deepseek_v3": ("DeepseekV3", MLA),
+    "deepseek_v2": ("DeepseekV2", {**DEEPSEEK, "topk_method": "greedy"}),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "head_dim": 8}),  # transposed, interleaved, biased
     "olmoe": ("Olmoe", {"num_experts": 4}),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),

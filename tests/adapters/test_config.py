@@ -122,6 +122,7 @@ def test_all_linear_is_neither_router_nor_output(kind):
     assert [name for name in names if "attn" in name or "mixer" in name]
     if kind == "qwen2_moe":
         assert [name for name in names if name.endswith("shared_expert.down_proj")]
+        assert not [name for name in names if name.endswith("shared_expert_gate")]
 
 
 def test_experts_whose_weights_are_computed():
@@ -362,6 +363,15 @@ def test_another_experts_implementation_is_refused():
 def test_what_is_refused(kind, values, message):
     with pytest.raises(ExpertLoraError, match=message):
         ExpertLoraConfig(**{"r": 4, **values}).for_model(small_moe(kind))
+
+
+def test_routers_that_are_no_matrix_are_not_adapted():
+    model = small_moe("mixtral")
+    model.model.layers[1].mlp.gate.weight = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(
+        ExpertLoraError, match=r"layers.1.mlp.gate \(MixtralTopKRouter\) is no matrix.*`modules_to_save`"
+    ):
+        ExpertLoraConfig(r=2, train_router=True).for_model(model)
 
 
 def test_models_whose_experts_cannot_be_reached_are_refused():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes with DDP or FSDP2 train expert LoRA as PEFT alone does in one."""
+"""Two processes with DDP or FSDP2 train expert LoRA as PEFT alone does in one, and ESFT's experts as one process does."""
 
 import os
 import re
@@ -9,17 +9,17 @@ import sys
 import distributed_lora
 import pytest
 import torch
-from distributed_lora import RANKS, ROWS, model_of, train, train_with_trainer
+from distributed_lora import ESFT, RANKS, ROWS, model_of, train, train_with_trainer, trained_parts
 
 
 def assert_same_training(states: list[distributed_lora.State], expected: distributed_lora.State, way: str) -> None:
-    """The mean loss of the processes, and the adapters of each of them."""
+    """The mean loss of the processes, and what each of them trained."""
     losses = torch.tensor([losses for losses, _ in states]).mean(dim=0)
     assert losses == pytest.approx(expected[0], abs=1e-5), way
-    for _, adapters in states:
-        assert adapters.keys() == expected[1].keys()
-        for name, factor in adapters.items():
-            assert (factor - expected[1][name]).abs().max() < 1e-5, (way, name)
+    for _, trained in states:
+        assert trained.keys() == expected[1].keys()
+        for name, part in trained.items():
+            assert (part - expected[1][name]).abs().max() < 1e-5, (way, name)
 
 
 @pytest.mark.processes
@@ -33,19 +33,19 @@ def test_two_processes_train_as_one(tmp_path):
         subprocess.Popen([*command, rank], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for rank in ("0", "1")
     ]
-    expected = {kind: train(model_of(kind)) for kind in RANKS}
+    expected = {kind: train(model_of(kind)) for kind in (*RANKS, ESFT)}
     errors = [process.communicate(timeout=300)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
 
     results, of_trainer, refusals = zip(
         *(torch.load(tmp_path / f"results{rank}.pt") for rank in range(2)), strict=True
     )
-    assert len(results[0]) == 2 * (3 * 5 + 2)
+    assert len(results[0]) == 2 * (3 * 5 + 2) + 1
     for kind, way in results[0]:
         assert_same_training([of_rank[kind, way] for of_rank in results], expected[kind], way)
-    for kind, (_, adapters) in expected.items():
-        start = model_of(kind).state_dict()
-        assert min((factor - start[name]).abs().max() for name, factor in adapters.items()) > 1e-2
+    for kind, (_, trained) in expected.items():
+        start = trained_parts(model_of(kind))
+        assert min((part - start[name]).abs().max() for name, part in trained.items()) > 1e-2
     assert_same_training(of_trainer, train_with_trainer(model_of("mixtral"), str(tmp_path), ROWS), "Trainer")
 
     for of_rank in refusals:

@@ -11,7 +11,7 @@ from conftest import dense_model, moe_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_adapters import ALL, FILES, change, fill, small_moe, with_adapter
 
-from hf_moe import ExpertLoraConfig, check_adapter
+from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft, check_adapter, save_esft
 from hf_moe.adapters.doctor import diagnose
 from hf_moe.adapters.errors import ExpertLoraError
 
@@ -129,6 +129,14 @@ def test_tensors_that_are_missing_are_refused(adapter):
         check_adapter(adapter, small_moe("mixtral"))
 
 
+def test_a_tensor_that_was_renamed_is_not_taken_for_another_model(adapter):
+    name = "base_model.model.model.layers.1.mlp.experts.lora_B.weight"
+    change(adapter, lambda tensors: tensors.update({f"{name}s": tensors.pop(name)}))
+    with pytest.raises(ExpertLoraError, match="1 of 18 tensors have no place.*All others fit.* download") as caught:
+        check_adapter(adapter, small_moe("mixtral"))
+    assert "another base model" not in str(caught.value)
+
+
 def test_a_state_dict_that_was_saved_by_hand_is_refused(tmp_path):
     def insert_name(tensors):
         for name in list(tensors):
@@ -182,6 +190,14 @@ def test_ranks_that_are_not_those_of_the_configuration_are_refused(adapter):
         check_adapter(adapter, small_moe("mixtral"))
 
 
+@pytest.mark.parametrize("target", ["self_attn.q_proj", "mlp.experts"])
+def test_factors_that_were_cut_are_refused(target, adapter):
+    name = f"base_model.model.model.layers.1.{target}.lora_A.weight"
+    change(adapter, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
+    with pytest.raises(ExpertLoraError, match="have not the same rank, so the file is damaged"):
+        check_adapter(adapter, small_moe("mixtral"))
+
+
 def test_patterns_that_match_nothing_are_warnings(adapter):
     change(adapter, alpha_pattern={"q_proj": 7, "experts.gate_up_proj": 5})
     assert results(diagnose(adapter, small_moe("mixtral")))["patterns"] == "ok"
@@ -213,7 +229,9 @@ def test_parts_without_effect_are_warnings(adapter):
     experts = "base_model.model.model.layers.{}.mlp.experts.lora_B.weight"
     change(adapter, lambda tensors: tensors[experts.format(1)].view(-1, 4, 4)[:, :, 2].zero_())
     diagnosis = check_adapter(adapter, small_moe("mixtral"))
-    assert "1 of 24 factor pairs of experts have a lora_B of zero" in details(diagnosis, "effect")
+    text = details(diagnosis, "effect")
+    assert "1 of 24 factor pairs of experts have a lora_B of zero" in text
+    assert "left out: mlp.experts.down_proj in layer 1: 2." in text
     change(adapter, lambda tensors: tensors[experts.format(2)].zero_())
     diagnosis = check_adapter(adapter, small_moe("mixtral"))
     assert "mlp.experts.down_proj in layer 2" in details(diagnosis, "effect")
@@ -293,6 +311,9 @@ def test_files_that_are_no_adapter_are_refused(adapter, tmp_path):
     ):
         with pytest.raises(ExpertLoraError, match=message):
             check_adapter(source, small_moe("mixtral"))
+    save_esft(apply_esft(small_moe("mixtral"), ExpertSelection({0: [1]})), tmp_path / "esft")
+    with pytest.raises(ExpertLoraError, match="It has experts of `save_esft`: `load_esft"):
+        check_adapter(tmp_path / "esft", small_moe("mixtral"))
     with pytest.raises(ExpertLoraError, match="gone is no folder with a model"):
         check_adapter(adapter, tmp_path / "gone")
     weights = adapter / FILES[1]

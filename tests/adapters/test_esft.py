@@ -286,6 +286,8 @@ def test_what_is_refused(selection, message):
 
 
 def test_models_that_are_not_fit_are_refused(tmp_path):
+    with pytest.raises(ExpertLoraError, match="has shared_experts, but this model has none"):
+        apply_esft(small_moe("mixtral"), ExpertSelection({0: [1]}, shared_experts=True))
     with pytest.raises(ExpertLoraError, match="has an adapter of PEFT.*merge_and_unload"):
         apply_esft(with_adapter(small_moe("mixtral")), ExpertSelection({0: [1]}))
     model = apply_esft(small_moe("mixtral"), ExpertSelection({0: [1]}))

@@ -158,6 +158,8 @@ def test_what_is_refused():
     ):
         with pytest.raises(ExpertLoraError, match=r"A batch has .*Give `input_ids` \(batch, length\)"):
             score_experts(model, [batch])
+    with pytest.raises(ExpertLoraError, match="A batch is a str. Give a DataLoader"):
+        score_experts(model, ["a text"])
     with pytest.raises(ExpertLoraError, match="No token was seen"):
         score_experts(model, [])
     with pytest.raises(ExpertLoraError, match="Linear has no layer of experts"):

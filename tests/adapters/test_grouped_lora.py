@@ -66,8 +66,8 @@ def test_the_router_and_the_base_can_be_trained_too(kind):
     vanilla = with_adapter(small_moe(kind))
     for parameter in vanilla.parameters():
         parameter.requires_grad_(True)
-    # The gradient of a router's bias is a sum that nearly cancels: PEFT's own is 2e-5 from that in float64.
-    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla, bound=5e-5)
+    # The gradient of gpt-oss's router bias is a sum that nearly cancels: PEFT's own is 2e-5 from that in float64.
+    assert_same_step(enable_grouped_lora(copy.deepcopy(vanilla)), vanilla, bound=5e-5 if kind == "gpt_oss" else 1e-5)
 
 
 def test_experts_with_a_norm_behind_them():
@@ -116,7 +116,7 @@ def test_saved_tensors_can_be_copied(rank, dtype):
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, lambda tensor: tensor):
         _, found = loss_and_gradients(model)
     for name, gradient in expected.items():
-        assert_close(found[name], gradient, 1e-4)
+        assert_close(found[name], gradient)
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -12,7 +12,7 @@ from conftest import TINY, dense_model
 from peft import LoraConfig, get_peft_model
 from small_adapters import ALL, ids, small_moe, targets, with_adapter
 
-from hf_moe import ExpertLoraConfig, enable_grouped_lora, expert_lora_report
+from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft, enable_grouped_lora, expert_lora_report
 from hf_moe.adapters.errors import ExpertLoraError
 from hf_moe.adapters.inventory import Target
 
@@ -101,6 +101,23 @@ def test_the_table():
     assert "self_attn.q_proj all 3 LoRA 4 2 768 PEFT" in rows
     assert "Frozen besides: lm_head, model.embed_tokens, self_attn.k_proj, self_attn.o_proj, self_attn.v_proj" in rows
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_that_esft_chose(kind):
+    model = small_moe(kind)
+    parameters = model.num_parameters()
+    apply_esft(model, ExpertSelection({0: [1], 2: [0, 3]}))
+    report = expert_lora_report(model)
+    assert report.num_parameters == parameters
+    assert report.num_trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.warnings == []
+    chosen, others = find(model, "down_proj")
+    assert (chosen.training, chosen.experts, chosen.num_experts) == ("in full", {0: [1], 2: [0, 3]}, 4)
+    assert (others.training, others.experts, others.layers) == ("frozen", {1: []}, [1])
+    rows = [" ".join(line.split()) for line in str(report).splitlines()]
+    assert any(row.startswith("mlp.experts.down_proj 0, 2 in full 1-2 of 4 ") for row in rows)
+    assert "mlp.experts.down_proj 1 frozen 0 of 4 0" in rows
 
 
 def test_experts_without_an_adapter_are_said():

@@ -44,6 +44,15 @@ def test_an_adapter_that_fits(run_command, moe, adapter):
     assert "mlp.gate all 3 frozen 0" in lines
 
 
+def test_the_base_is_that_of_the_adapter(run_command, moe, adapter):
+    assert run_command("doctor", adapter).stdout == run_command("doctor", adapter, "--base", moe).stdout
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    run = run_command("doctor", adapter)
+    assert run.returncode == 1
+    assert "does not say which model it is for. Give it with `--base`." in run.stderr
+
+
 def test_json_and_quiet(run_command, moe, adapter):
     run = run_command("doctor", adapter, "--base", moe, "--json")
     found = json.loads(run.stdout)

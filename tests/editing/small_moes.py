@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from conftest import TINY, cast, moe_model, randomize, save_tokenizer
+from conftest import MLA, TINY, cast, moe_model, randomize, save_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -30,14 +30,7 @@ NATIVE = {
                 "n_shared_experts": 1,
                 "first_k_dense_replace": 1,
             },
-            **{
-                "num_key_value_heads": 4,
-                "q_lora_rank": 8,
-                "kv_lora_rank": 8,
-                "qk_rope_head_dim": 8,
-                "qk_nope_head_dim": 8,
-                "v_head_dim": 8,
-            },
+            **MLA,
         },
     ),
 }
