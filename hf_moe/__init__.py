@@ -42,8 +42,17 @@ _LAZY = {
     "disable_grouped_lora": "adapters.grouped_lora",
     "enable_grouped_lora": "adapters.grouped_lora",
     "expert_lora_report": "adapters.report",
+    "BiasBalancer": "training.bias_balancing",
+    "BiasBalancingCallback": "training.callbacks",
+    "LoadBalancer": "training.load_balancing",
+    "LoadBalancingCallback": "training.callbacks",
+    "RouterFreezeCallback": "training.callbacks",
+    "RouterStatisticsCallback": "training.statistics_callback",
+    "RoutingHistory": "training.history",
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
+    "add_moe_callbacks": "training.attach",
+    "load_router_bias": "training.bias_balancing",
 }
 
 __all__ = ["__version__", *_MODEL_CLASSES, *_LAZY]

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of routing, drawn with matplotlib (`pip install hf-moe[plots]`)."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .training.statistics import layer_number
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from .training.history import RoutingHistory
     from .training.statistics import RoutingStatistics
+
+
+MAX_LAYERS = 4  # of which the load over steps is drawn
 
 
 def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, title: str = "") -> "Figure":
@@ -28,27 +35,13 @@ def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, t
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: `pip install hf-moe[plots]`.") from error
-
     layers = list(statistics.layers.values())
     num_experts = max(len(layer.counts) for layer in layers)
-    # Relative to an even share, so that 1 means balanced whatever the number of experts.
-    relative = np.full((len(layers), num_experts), np.nan)
-    for row, layer in enumerate(layers):
-        relative[row, : len(layer.counts)] = layer.load.numpy() * len(layer.counts)
-    labels = [layer_number(name) for name in statistics.layers]
-
-    figure = Figure(figsize=(4.2 + 0.32 * num_experts, 1.8 + 0.2 * len(layers)), layout="constrained")
+    figure = _figure((4.2 + 0.32 * num_experts, 1.8 + 0.2 * len(layers)))
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[max(3, 0.32 * num_experts), 1.2])
-    image = heat.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
-    heat.set_xlabel("expert")
+    image = _heat_map(heat, _relative_load([layer.load.numpy() for layer in layers]))
     heat.set_ylabel("layer")
-    heat.set_xticks(range(0, num_experts, max(1, num_experts // 16)))
-    step = max(1, len(layers) // 30)
-    heat.set_yticks(range(0, len(layers), step), labels[::step])
+    _label_layers(heat, list(statistics.layers))
     figure.colorbar(image, ax=heat, label="load / even share", extend="max")
 
     bars.barh(range(len(layers)), [layer.entropy for layer in layers], color="0.45")
@@ -56,13 +49,165 @@ def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, t
     bars.set_xlim(0, 1.05)
     bars.set_xlabel("entropy")
     bars.tick_params(axis="y", labelleft=False)
+    return _finish(figure, path, title)
+
+
+def plot_history(history: "RoutingHistory", path: str | Path | None = None, title: str = "") -> "Figure":
+    """
+    How the load changed in a training: three measures over the steps, and the load of some layers, step x expert.
+
+    Args:
+        history ([`RoutingHistory`]): What a [`RouterStatisticsCallback`] wrote.
+        path (`str` or `Path`, *optional*): Where to save the picture.
+        title (`str`, *optional*): A line above it.
+
+    Returns:
+        `matplotlib.figure.Figure`
+
+    Raises:
+        ValueError: if the history is empty.
+        ImportError: if matplotlib is not installed.
+    """
+    if not history.steps:
+        raise ValueError("The history is empty: nothing was logged.")
+    names = list(history.statistics[0].layers)
+    shown = [
+        names[place] for place in np.unique(np.linspace(0, len(names) - 1, min(MAX_LAYERS, len(names))).astype(int))
+    ]
+    figure = _figure((12, 6.4))
+    lines, maps = figure.subfigures(2, 1)
+    measures = {"entropy": "entropy", "max_violation": "max violation", "dead": "dead experts"}
+    for axes, (measure, label) in zip(lines.subplots(1, 3), measures.items(), strict=True):
+        values = np.array([[_measure(layer, measure) for layer in one.layers.values()] for one in history.statistics])
+        axes.fill_between(
+            history.steps, values.min(1), values.max(1), color="C0", alpha=0.2, linewidth=0, label="all layers"
+        )
+        axes.plot(history.steps, values.mean(1), color="C0", marker=".", label="mean")
+        axes.set_xlabel("step")
+        axes.set_title(label)
+        axes.set_ylim(bottom=0)
+    axes.legend()
+    all_axes = np.atleast_1d(maps.subplots(1, len(shown), sharey=True))
+    for axes, name in zip(all_axes, shown, strict=True):
+        image = _heat_map(axes, _relative_load([one[name].load.numpy() for one in history.statistics]))
+        axes.set_title(f"layer {layer_number(name)}")
+        every = max(1, len(history.steps) // 8)
+        axes.set_yticks(range(0, len(history.steps), every), history.steps[::every])
+    all_axes[0].set_ylabel("step")
+    maps.colorbar(image, ax=all_axes.tolist(), label="load / even share", extend="max")
+    return _finish(figure, path, title)
+
+
+def plot_specialization(
+    statistics: "Mapping[str, RoutingStatistics]", path: str | Path | None = None, title: str = ""
+) -> "Figure":
+    """
+    Which experts serve which domain: of every layer a heat map, domain x expert.
+
+    Args:
+        statistics (`Mapping[str, RoutingStatistics]`): What was recorded of each domain or language.
+        path (`str` or `Path`, *optional*): Where to save the picture.
+        title (`str`, *optional*): A line above it.
+
+    Returns:
+        `matplotlib.figure.Figure`, in which 1 is the expert's share over all domains alike.
+
+    Raises:
+        ValueError: if there are less than two domains.
+        ImportError: if matplotlib is not installed.
+    """
+    if len(statistics) < 2:
+        raise ValueError(f"Specialization is a difference between domains; given: {', '.join(statistics) or 'none'}.")
+    names = list(next(iter(statistics.values())).layers)
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure((3.2 * columns + 1, 1 + (0.9 + 0.28 * len(statistics)) * rows))
+    all_axes = np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel()
+    for axes, name in zip(all_axes, names, strict=False):
+        loads = np.array([of_domain[name].load.numpy() for of_domain in statistics.values()])
+        image = _heat_map(axes, loads / np.maximum(loads.mean(0, keepdims=True), 1e-12))
+        axes.set_title(f"layer {layer_number(name)}", fontsize=9)
+        axes.set_yticks(range(len(statistics)), list(statistics))
+    for axes in all_axes[len(names) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=all_axes.tolist(), label="share in domain / mean share", extend="max")
+    return _finish(figure, path, title)
+
+
+def plot_coactivation(
+    coactivation: "Mapping[str, np.ndarray]", path: str | Path | None = None, title: str = ""
+) -> "Figure":
+    """
+    Which experts are chosen together: of every layer a heat map, expert x expert.
+
+    Args:
+        coactivation (`Mapping[str, np.ndarray]`): By router `(E, E)`: for how many tokens both were chosen, as
+            [`RoutingRecorder`] counts them.
+        path (`str` or `Path`, *optional*): Where to save the picture.
+        title (`str`, *optional*): A line above it.
+
+    Returns:
+        `matplotlib.figure.Figure`, in which 1 is what experts chosen independently of each other would have.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    columns = min(4, len(coactivation))
+    rows = -(-len(coactivation) // columns)
+    figure = _figure((2.8 * columns + 1, 2.6 * rows + 0.5))
+    all_axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axes, (name, together) in zip(all_axes, coactivation.items(), strict=False):
+        together = np.asarray(together, dtype=float)
+        alone = together.diagonal()
+        expected = np.outer(alone, alone)
+        np.fill_diagonal(expected, 0)
+        pairs = together.sum() - alone.sum()
+        ratio = np.divide(
+            together * expected.sum(), expected * max(pairs, 1), where=expected > 0, out=np.full_like(together, np.nan)
+        )
+        image = _heat_map(axes, ratio)
+        axes.set_title(f"layer {layer_number(name)}", fontsize=9)
+    for axes in all_axes[len(coactivation) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=all_axes.tolist(), label="together / if independent", extend="max")
+    return _finish(figure, path, title)
+
+
+def _measure(layer: Any, name: str) -> float:
+    return len(layer.dead_experts) / len(layer.counts) if name == "dead" else getattr(layer, name)
+
+
+def _relative_load(loads: list[np.ndarray]) -> np.ndarray:
+    """Relative to an even share, so that 1 means balanced whatever the number of experts."""
+    relative = np.full((len(loads), max(map(len, loads))), np.nan)
+    for row, load in enumerate(loads):
+        relative[row, : len(load)] = load * len(load)
+    return relative
+
+
+def _heat_map(axes: Any, values: np.ndarray) -> Any:
+    num_experts = values.shape[1]
+    axes.set_xlabel("expert")
+    axes.set_xticks(range(0, num_experts, max(1, num_experts // 16)))
+    return axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+
+
+def _label_layers(axes: Any, names: list[str]) -> None:
+    step = max(1, len(names) // 30)
+    axes.set_yticks(range(0, len(names), step), [layer_number(name) for name in names][::step])
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: `pip install hf-moe[plots]`.") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _finish(figure: "Figure", path: str | Path | None, title: str) -> "Figure":
     if title:
         figure.suptitle(title)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
-
-
-def layer_number(name: str) -> str:
-    """`"3"` for `"model.layers.3.mlp.gate"`."""
-    return next((part for part in name.split(".") if part.isdigit()), name)

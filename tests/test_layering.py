@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "models": set(),
     "upcycling": {"models", "training", "hub", "version"},
     "editing": {"upcycling", "models", "training", "hub", "version"},
-    "training": {"models"},
+    "training": {"models", "plots"},
     "adapters": {"models", "training"},
     "hub": {"training"},
     "plots": {"training"},

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from ..training.recorder import find_routers
+from ..training.routers import find_routers
 from .errors import ExpertLoraError
 from .layers import find_experts, is_experts, layer_index, name_in_layer, plain_name, projections
 from .param_wrapper import check_adaptable, wrap_experts

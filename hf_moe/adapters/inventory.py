@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
-from ..training.recorder import find_routers
+from ..training.routers import find_routers
 from .grouped_forward import SLICES
 from .layers import PROJECTIONS, is_experts, layer_index, name_in_layer, plain_name, projections
 from .param_wrapper import GroupedParamWrapper

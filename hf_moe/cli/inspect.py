@@ -73,7 +73,7 @@ def _check_paths(model: str, texts: list[Path]) -> None:
 
 
 def _row(name: str, layer: "LayerRouting") -> dict[str, str | int]:
-    from ..plots import layer_number
+    from ..training.statistics import layer_number
 
     load = layer.load.tolist()
     row: dict[str, str | int] = {

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..training.recorder import TOP_K_FIELDS
+from ..training.routers import TOP_K_FIELDS
 from ..upcycling.checkpoint import Checkpoint, is_finite
 from ..upcycling.convert import TensorInfo, in_memory_names
 from ..upcycling.errors import UpcycleError

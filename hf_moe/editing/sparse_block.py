@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ..training.recorder import find_routers
+from ..training.routers import find_routers
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import FusedExpert

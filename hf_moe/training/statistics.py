@@ -114,3 +114,8 @@ class RoutingStatistics:
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def layer_number(name: str) -> str:
+    """`"3"` for `"model.layers.3.mlp.gate"`."""
+    return next((part for part in name.split(".") if part.isdigit()), name)

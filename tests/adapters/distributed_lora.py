@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
-from small_adapters import ids, small_moe, with_adapter
+from small_adapters import ids, with_adapter
+from small_models import small_moe
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -8,7 +8,8 @@ import torch
 from conftest import assert_close
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter
-from small_adapters import fill, ids, small_moe, targets, with_adapter
+from small_adapters import fill, ids, targets, with_adapter
+from small_models import small_moe
 
 from hf_moe.adapters.grouped_lora import enable_grouped_lora
 

@@ -9,7 +9,8 @@ import torch
 from conftest import assert_close, moe_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, ParamWrapper
-from small_adapters import ALL, Dequantized, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
+from small_adapters import Dequantized, fill, ids, loss_and_gradients, targets, with_adapter
+from small_models import ALL, small_moe
 from torch.nn.utils import parametrize
 
 from hf_moe import ExpertLoraConfig, enable_grouped_lora

@@ -9,7 +9,8 @@ import torch
 import transformers
 from conftest import dense_model, moe_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_adapters import ALL, FILES, change, fill, small_moe, with_adapter
+from small_adapters import FILES, change, fill, with_adapter
+from small_models import ALL, small_moe
 
 from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft, check_adapter, save_esft
 from hf_moe.adapters.doctor import diagnose

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import assert_close
 from safetensors.torch import load_file, save_file
-from small_adapters import ALL, Dequantized, ids, loss_and_gradients, small_moe, with_adapter
+from small_adapters import Dequantized, ids, loss_and_gradients, with_adapter
+from small_models import ALL, small_moe
 from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from conftest import assert_close
-from small_adapters import ids, small_moe
+from small_adapters import ids
+from small_models import small_moe
 
 from hf_moe import ExpertScores, ExpertSelection, RoutingRecorder, score_experts, select_experts
 from hf_moe.adapters.errors import ExpertLoraError

@@ -11,7 +11,8 @@ from conftest import assert_close
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from small_adapters import FILES, change, small_moe, with_adapter
+from small_adapters import FILES, change, with_adapter
+from small_models import small_moe
 
 from hf_moe import check_adapter, enable_grouped_lora
 from hf_moe.adapters.doctor import Diagnosis, convert_adapter, diagnose

@@ -8,7 +8,8 @@ import torch
 from conftest import assert_close, randomize
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
-from small_adapters import ALL, Dequantized, fill, ids, loss_and_gradients, small_moe, targets, with_adapter
+from small_adapters import Dequantized, fill, ids, loss_and_gradients, targets, with_adapter
+from small_models import ALL, small_moe
 from torch.nn.utils import parametrize
 from transformers.models.muse_spark.configuration_muse_spark import MuseSparkTextConfig
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts

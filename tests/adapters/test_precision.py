@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import assert_close
 from peft.tuners.lora.layer import ParamWrapper
-from small_adapters import ids, loss_and_gradients, small_moe, with_adapter
+from small_adapters import ids, loss_and_gradients, with_adapter
+from small_models import small_moe
 
 from hf_moe.adapters.grouped_lora import enable_grouped_lora
 

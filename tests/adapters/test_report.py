@@ -10,7 +10,8 @@ import torch
 import transformers
 from conftest import TINY, dense_model
 from peft import LoraConfig, get_peft_model
-from small_adapters import ALL, ids, small_moe, targets, with_adapter
+from small_adapters import ids, targets, with_adapter
+from small_models import ALL, small_moe
 
 from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft, enable_grouped_lora, expert_lora_report
 from hf_moe.adapters.errors import ExpertLoraError

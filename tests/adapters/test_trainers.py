@@ -6,7 +6,8 @@ import torch
 from conftest import assert_close, save_tokenizer
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from small_adapters import ids, small_moe
+from small_adapters import ids
+from small_models import small_moe
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

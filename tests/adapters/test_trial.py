@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import moe_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_adapters import ids, small_moe, with_adapter
+from small_adapters import ids, with_adapter
+from small_models import small_moe
 
 from hf_moe import ExpertLoraConfig, enable_grouped_lora
 from hf_moe.adapters.errors import ExpertLoraError

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`add_moe_callbacks`: gives a Trainer the callbacks of hf_moe, and these what a Trainer does not tell its callbacks."""
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from .gradient_injection import Factor, loss_scale_of
+from .router_hooks import RouterHooks
+
+
+logger = logging.get_logger(__name__)
+
+
+class Attachment:
+    """
+    What the callbacks of one trainer share: the hooks on its model, and what its loss is scaled with.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, which keeps this alive.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = weakref.ref(trainer)
+        self._hooks: RouterHooks | None = None
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer."""
+        return self._trainer()
+
+    def hooks(self, model: nn.Module) -> RouterHooks:
+        """The hooks on a model, made when they are first asked for: a trainer may have wrapped or replaced it."""
+        if self._hooks is None or self._hooks.model is not model:
+            self._hooks = RouterHooks(model)
+        return self._hooks
+
+    @property
+    def loss_scale(self) -> Factor:
+        """What a micro-batch's loss has to be multiplied with; the last step of an epoch can have fewer of them."""
+        return loss_scale_of(self.trainer.accelerator, lambda: self.trainer.current_gradient_accumulation_steps)
+
+
+# By the id of the model: the one thing that a trainer tells its callbacks about itself.
+_ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+
+
+class MoeCallback(TrainerCallback, ExportableState):
+    """
+    Base class of the callbacks.
+
+    A subclass does its work in `begin`, `end` and the events of [`~transformers.TrainerCallback`]; `save_state` and
+    `load_state` hold what a training goes on with, `metrics` gives what is logged, and `options` what `__init__` takes.
+    """
+
+    def __init__(self, **options: Any):
+        self._options = options
+        self.attachment: Attachment | None = None
+
+    def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        """Training begins: the model and what belongs to its trainer."""
+
+    def end(self) -> None:
+        """Training ends; also called before it begins."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to log with the training loss; every process makes this call."""
+        return {}
+
+    def save_state(self) -> dict[str, Any]:
+        """What a training goes on with, as plain values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what `save_state` gave; before `begin`."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.end()
+        plain_model = extract_model_from_parallel(model)
+        self.attachment = _ATTACHMENTS.get(id(plain_model))
+        if self.attachment is None or self.attachment.trainer is None:
+            raise ValueError(
+                f"{type(self).__name__} does not know its trainer. Give it with `add_moe_callbacks(trainer, {type(self).__name__}(...))` "
+                "instead of `callbacks=[...]`, or call `add_moe_callbacks(trainer)` as well."
+            )
+        if state.global_step:
+            self._resume(args, state, self.attachment.trainer.callback_handler.callbacks)
+        self.begin(plain_model, self.attachment)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.end()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": self._options, "attributes": {}, "state": self.save_state(), "world_size": _world_size()}
+
+    def _resume(self, args: Any, state: Any, callbacks: list[TrainerCallback]) -> None:
+        name = type(self).__name__
+        if not args.restore_callback_states_from_checkpoint:
+            logger.warning(
+                f"{name} begins anew at step {state.global_step}: set `restore_callback_states_from_checkpoint=True` in "
+                "TrainingArguments for it to go on where the checkpoint was saved."
+            )
+            return
+        alike = [callback for callback in callbacks if type(callback) is type(self)]
+        saved = state.stateful_callbacks.get(name)
+        saved = saved if isinstance(saved, list) else [saved]
+        # With several of a class the Trainer appends to the list of what it saved before: the last ones are of this checkpoint.
+        mine = saved[-len(alike) :][alike.index(self)] if len(saved) >= len(alike) else None
+        if not mine or "state" not in mine:
+            logger.warning(f"The checkpoint was saved without {name}, which begins anew.")
+            return
+        if mine["world_size"] != _world_size():
+            logger.warning(
+                f"{name}: the checkpoint was saved by {mine['world_size']} processes, and {_world_size()} go on. An optimizer step may "
+                "now have another number of tokens."
+            )
+        self.load_state(mine["state"])
+
+
+def add_moe_callbacks(trainer: Trainer, *callbacks: MoeCallback) -> None:
+    """
+    Give a trainer callbacks of hf_moe.
+
+    Their metrics are logged with the training loss, so that they are in `log_history` and in whatever reports to.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Any trainer that is built on transformers', such as TRL's.
+        callbacks (`MoeCallback`): The callbacks, in addition to those that it was made with.
+
+    Raises:
+        ValueError: if the model has no routers, or something is no callback of hf_moe.
+
+    Example:
+
+    ```python
+    >>> from hf_moe import LoadBalancingCallback, RouterStatisticsCallback, add_moe_callbacks
+
+    >>> add_moe_callbacks(trainer, LoadBalancingCallback("global_batch"), RouterStatisticsCallback())
+    >>> trainer.train()
+    ```
+    """
+    for callback in callbacks:
+        if not isinstance(callback, MoeCallback):
+            raise ValueError(
+                f"{callback!r} is no callback of hf_moe. Give instances, such as LoadBalancingCallback(); others go to "
+                "`trainer.add_callback`."
+            )
+    attachment = Attachment(trainer)
+    attachment.hooks(trainer.model)
+    _ATTACHMENTS[id(trainer.model)] = attachment
+    # Not with `add_callback`, which warns of two of a class.
+    trainer.callback_handler.callbacks.extend(callbacks)
+    if not hasattr(trainer, "_hf_moe_attachment"):
+        trainer.log = _logging_metrics(trainer)
+    trainer._hf_moe_attachment = attachment
+
+
+def _logging_metrics(trainer: Trainer):
+    """`trainer.log`, before which the callbacks' metrics join the training loss: in `on_log` it would be too late."""
+    log = trainer.log
+
+    @functools.wraps(log)
+    def log_with_metrics(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, MoeCallback):
+                    logs.update(callback.metrics())
+        log(logs, *args, **kwargs)
+
+    return log_with_metrics
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

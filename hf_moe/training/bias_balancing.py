@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BiasBalancer`: balance without a loss, by the bias with which DeepSeek-V3's routers choose."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .load_balancing import sum_over_ranks
+from .router_hooks import RouterCall, RouterHooks
+from .routers import find_routers, find_selection_bias, without_wrappers
+
+
+FILE_NAME = "router_bias.safetensors"
+
+
+@dataclass
+class BiasBalancer:
+    """
+    Moves the selection bias of every router towards experts that got too few tokens
+    (https://huggingface.co/papers/2408.15664).
+
+    After each optimizer step an expert's bias goes up by `update_rate` if it served less than the mean of its layer in all
+    micro-batches and ranks of the step, and down if it served more; the mean of this change is taken off it. The bias is kept
+    in float32 here: half of a bfloat16 number plus 0.001 is that half.
+
+    Args:
+        update_rate (`float`, *optional*, defaults to 0.001): The change of a step.
+
+    Raises:
+        ValueError: if `update_rate` is not above 0.
+
+    Example:
+
+    ```python
+    >>> balancer = BiasBalancer().attach(model)
+    >>> for batch in dataloader:
+    ...     model(**batch).loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    ...     balancer.step()
+    >>> balancer.detach()
+    ```
+    """
+
+    update_rate: float = 1e-3
+
+    def __post_init__(self):
+        if not self.update_rate > 0:
+            raise ValueError(f"update_rate is {self.update_rate!r}. Choose a number above 0; 0.001 is DeepSeek-V3's.")
+        self._hooks: RouterHooks | None = None
+        self._biases: dict[str, torch.Tensor] = {}
+
+    def attach(self, model: nn.Module | RouterHooks) -> "BiasBalancer":
+        """
+        Begin to count.
+
+        Raises:
+            ValueError: if the model has no routers, or these no bias to choose with.
+        """
+        self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        self._of_model = selection_biases(self._hooks.model)
+        self._counts: dict[str, torch.Tensor] = {}
+        for name, bias in self._of_model.items():
+            float32 = self._biases.get(name, bias.detach().float().clone()).to(bias.device)
+            self._biases[name] = float32
+            bias.data.copy_(float32.view_as(bias))
+        self._hooks.add(self._count)
+        return self
+
+    def detach(self) -> None:
+        """Count no more."""
+        if self._hooks is not None:
+            self._hooks.remove(self._count)
+            self._hooks = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """To be called after every optimizer step; with several processes, by each."""
+        for name, counts_E in sum_over_ranks(self._counts).items():
+            change_E = self.update_rate * (counts_E.mean() - counts_E).sign()
+            self._biases[name] += change_E - change_E.mean()
+            bias = self._of_model[name]
+            bias.data.copy_(self._biases[name].view_as(bias))
+        self._counts = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The biases in float32, as plain numbers."""
+        return {name: bias.tolist() for name, bias in self._biases.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where [`~BiasBalancer.state_dict`] was taken; before [`~BiasBalancer.attach`]."""
+        self._biases = {name: torch.tensor(bias) for name, bias in state.items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the biases to `router_bias.safetensors`, for adapters, whose files hold none; [`load_router_bias`] reads it."""
+        save_file({_plain(name): bias.cpu() for name, bias in self._biases.items()}, Path(folder, FILE_NAME))
+
+    def _count(self, call: RouterCall) -> None:
+        if call.is_training and not call.is_recomputation and call.name in self._of_model:
+            self._counts[call.name] = self._counts.get(call.name, 0) + call.counts_E
+
+
+def selection_biases(model: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The biases with which routers choose experts, by the names of the routers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    routers = find_routers(model)
+    found = {name: bias for name in routers if (bias := find_selection_bias(model, name)) is not None}
+    if not found:
+        kinds = ", ".join(sorted({type(router.module).__name__ for router in routers.values()}))
+        raise ValueError(
+            f"The routers of {type(model).__name__} ({kinds}) have no bias to choose experts with, as DeepSeek-V3's have in "
+            "`e_score_correction_bias`. Balance them with a LoadBalancingCallback."
+        )
+    return found
+
+
+def load_router_bias(model: nn.Module, folder: str | Path) -> None:
+    """
+    Put biases that a [`BiasBalancingCallback`] saved beside an adapter into the model.
+
+    Args:
+        model (`torch.nn.Module`): The model that was trained, with or without its adapter.
+        folder (`str` or `Path`): Folder with `router_bias.safetensors`.
+
+    Raises:
+        ValueError: if there is no such file, or its routers are not those of the model. The model is then as it was.
+    """
+    path = Path(folder, FILE_NAME)
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {FILE_NAME}: the adapter was not trained with a BiasBalancingCallback.")
+    biases = {_plain(name): bias for name, bias in selection_biases(model).items()}
+    saved = load_file(path)
+    shapes = {name: bias.numel() for name, bias in saved.items()}
+    if shapes != {name: bias.numel() for name, bias in biases.items()}:
+        raise ValueError(
+            f"The routers of {path} are not those of this {type(model).__name__}. Load the model it was trained on."
+        )
+    for name, bias in saved.items():
+        biases[name].data.copy_(bias.view_as(biases[name]))
+
+
+def _plain(name: str) -> str:
+    """The name of a router without what PEFT puts around the model."""
+    return without_wrappers(name.removeprefix("base_model.model."))

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks that steer routers: balance losses, DeepSeek-V3's bias, schedules of freezing, experts that collapse."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .attach import Attachment, MoeCallback
+from .bias_balancing import BiasBalancer
+from .load_balancing import LoadBalancer
+from .routers import parameters_around
+
+
+logger = logging.get_logger(__name__)
+
+RL_TRAINERS = ("GRPO", "RLOO", "PPO", "OnlineDPO", "NashMD", "XPO")
+
+
+class LoadBalancingCallback(MoeCallback):
+    """
+    A [`LoadBalancer`] for [`~transformers.Trainer`] and all that are built on it.
+
+    The loss holds with gradient accumulation, label smoothing, `compute_loss_func`, both kinds of gradient checkpointing,
+    DDP and FSDP2, and for models that have no balance loss of their own. Switch the model's own off:
+    `output_router_logits=False`, or `router_aux_loss_coef=0.0` in TRL.
+
+    Args:
+        kind (`str`, *optional*, defaults to `"switch"`): Which loss; see [`LoadBalancer`] for this and all other arguments.
+        coef (`float`, *optional*): Its coefficient. The default is the paper's; 0 with TRL's trainers for reinforcement learning,
+            where a balance loss spoils the gradient of rewards unless it is chosen with care.
+        options: What [`LoadBalancer`] takes besides.
+
+    Raises:
+        ValueError: if a value is not allowed.
+
+    Example:
+
+    ```python
+    >>> from hf_moe import LoadBalancingCallback, add_moe_callbacks
+
+    >>> add_moe_callbacks(trainer, LoadBalancingCallback("global_batch"), LoadBalancingCallback("z"))
+    ```
+    """
+
+    def __init__(self, kind: str = "switch", coef: float | None = None, **options: Any):
+        super().__init__(kind=kind, coef=coef, **options)
+        self.balancer = LoadBalancer(kind, coef, **options)
+
+    def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        trainer = type(attachment.trainer)
+        if self._options["coef"] is None and any(
+            name in base.__name__ for base in trainer.__mro__ for name in RL_TRAINERS
+        ):
+            logger.warning(
+                f"LoadBalancingCallback: no balance loss with {trainer.__name__}, where it is known to spoil the gradient of rewards. "
+                "Give `coef` to have one."
+            )
+            self.balancer.base_coef = 0.0
+        _warn_of_own_loss(model, attachment.trainer)
+        self.balancer.attach(attachment.hooks(model), loss_scale=attachment.loss_scale)
+
+    def end(self) -> None:
+        self.balancer.detach()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.balancer.step()
+        if control.should_save:
+            self.balancer.pool()
+
+    def metrics(self) -> dict[str, float]:
+        values = self.balancer.values()
+        if not values:
+            return {}
+        name = "z_loss" if self.balancer.kind == "z" else f"{self.balancer.kind}_loss"
+        return {f"moe/{name}": float(torch.stack(list(values.values())).mean())}
+
+    def save_state(self) -> dict[str, Any]:
+        return self.balancer.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.balancer.load_state_dict(state)
+
+
+class BiasBalancingCallback(MoeCallback):
+    """
+    A [`BiasBalancer`] for [`~transformers.Trainer`]: balance without a loss, for routers with a selection bias
+    (https://huggingface.co/papers/2408.15664).
+
+    Checkpoints hold the bias where the whole model is saved. Files of adapters do not, so that it is written beside them, into
+    checkpoints and at the end into `output_dir`; [`load_router_bias`] reads it.
+
+    Args:
+        update_rate (`float`, *optional*, defaults to 0.001): The change of a step.
+
+    Raises:
+        ValueError: if `update_rate` is not above 0.
+    """
+
+    def __init__(self, update_rate: float = 1e-3):
+        super().__init__(update_rate=update_rate)
+        self.balancer = BiasBalancer(update_rate)
+
+    def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        self.balancer.attach(attachment.hooks(model))
+        self._is_adapter = hasattr(model, "peft_config")
+
+    def end(self) -> None:
+        self.balancer.detach()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.balancer.step()
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if self._is_adapter and state.is_world_process_zero and folder.is_dir():
+            self.balancer.save(folder)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._is_adapter and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.balancer.save(args.output_dir)
+        super().on_train_end(args, state, control, **kwargs)
+
+    def save_state(self) -> dict[str, Any]:
+        return self.balancer.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.balancer.load_state_dict(state)
+
+
+class RouterFreezeCallback(MoeCallback):
+    """
+    Freezes the routers, or everything but them, for a part of the training.
+
+    Args:
+        freeze_from (`int`, *optional*, defaults to 0): Optimizer step from which on the routers are frozen.
+        freeze_until (`int`, *optional*): Optimizer step at which they train again; never if None.
+        only_routers_until (`int`, *optional*, defaults to 0): Before this step only the routers train, as a start for new ones.
+
+    Raises:
+        ValueError: if the steps contradict each other.
+    """
+
+    def __init__(self, freeze_from: int = 0, freeze_until: int | None = None, only_routers_until: int = 0):
+        super().__init__(freeze_from=freeze_from, freeze_until=freeze_until, only_routers_until=only_routers_until)
+        if freeze_until is not None and freeze_until <= freeze_from:
+            raise ValueError(f"freeze_until is {freeze_until} and freeze_from {freeze_from}. Choose a later step.")
+        if only_routers_until > freeze_from:
+            raise ValueError(
+                f"only_routers_until is {only_routers_until}, but the routers are frozen from step {freeze_from} on. Give a `freeze_from` "
+                "that is not before it."
+            )
+        self.freeze_from, self.freeze_until, self.only_routers_until = freeze_from, freeze_until, only_routers_until
+
+    def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        in_routers = parameters_around(model, attachment.hooks(model).routers)
+        self._routers = [of for group in in_routers.values() for of in group if of.requires_grad]
+        if not self._routers:
+            raise ValueError(
+                "The routers are frozen already, for instance by PEFT, so that there is nothing to freeze or to train."
+            )
+        ids = {id(parameter) for parameter in self._routers}
+        self._others = [of for of in model.parameters() if of.requires_grad and id(of) not in ids]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        step = state.global_step
+        is_frozen = self.freeze_from <= step and (self.freeze_until is None or step < self.freeze_until)
+        self._set(self._routers, not is_frozen)
+        self._set(self._others, step >= self.only_routers_until)
+
+    def end(self) -> None:
+        for parameters in (getattr(self, "_routers", []), getattr(self, "_others", [])):
+            self._set(parameters, True)
+
+    def _set(self, parameters: list[nn.Parameter], is_trained: bool) -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(is_trained)
+
+
+def _warn_of_own_loss(model: nn.Module, trainer: Any) -> None:
+    """The model's own balance loss would come on top."""
+    config = cast(PreTrainedModel, model).config.get_text_config()
+    coef = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
+    is_on = getattr(config, "output_router_logits", False) or getattr(trainer, "aux_loss_enabled", False)
+    if is_on and coef:
+        logger.warning(
+            f"The model's own balance loss is on as well, with a coefficient of {coef}, and comes on top of hf_moe's. Switch one of them "
+            "off: `model.config.output_router_logits = False`, or `router_aux_loss_coef=0.0` in TRL's configuration."
+        )

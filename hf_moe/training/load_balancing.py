@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LoadBalancer`: adds the gradient of a balance loss at the routers, whatever the trainer makes of the model's own loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..models import losses
+from .gradient_injection import add_gradient, loss_scale_of
+from .router_hooks import RouterCall, RouterHooks
+from .routers import parameters_around
+
+
+logger = logging.get_logger(__name__)
+
+# The coefficients of the papers.
+DEFAULT_COEF = {
+    "switch": 1e-2,
+    "global_batch": 1e-2,
+    "sequence": 1e-4,
+    "device": 0.05,
+    "importance_load": 1e-2,
+    "z": 1e-3,
+    "entropy": 1e-4,
+    "sparsity": 1e-8,
+}
+ADAPTIVE_RATE, ADAPTIVE_DECAY = 0.2, 0.99  # Skywork-MoE's xi and beta
+SPARSITY_FACTOR = 1.2  # ReMoE's
+
+
+@dataclass
+class LoadBalancer:
+    """
+    A balance loss for the routers of any MoE, outside of the model's own loss.
+
+    The gradient is added in the backward pass at the router's output, so that it does not matter how the trainer computes or
+    scales its loss. In an optimizer step it is the mean of the gradients of all micro-batches and data-parallel ranks, each
+    computed from its own tokens without padding. In evaluation nothing is added, and nothing where a router is frozen.
+
+    Args:
+        kind (`str`, *optional*, defaults to `"switch"`):
+            | kind | loss of a layer | balanced | paper |
+            |---|---|---|---|
+            | `"switch"` | share of the slots times mean score of every expert | 1 | [Switch](https://huggingface.co/papers/2101.03961) |
+            | `"global_batch"` | the same, with the shares of the whole optimizer step, over all ranks; for micro-batches other than the one at hand as they were in the step before | 1 | [Qwen](https://huggingface.co/papers/2501.11873) |
+            | `"sequence"` | the same within every sequence | 1 | [DeepSeek-V3](https://huggingface.co/papers/2412.19437) |
+            | `"device"` | the same for groups of consecutive experts | 1 | [DeepSeekMoE](https://huggingface.co/papers/2401.06066) |
+            | `"importance_load"` | variation of the routing weights and of a smooth load | 0 | [Shazeer](https://huggingface.co/papers/1701.06538) |
+            | `"z"` | mean square of the logits' logsumexp | | [ST-MoE](https://huggingface.co/papers/2202.08906) |
+            | `"entropy"` | entropy of a token's scores, for routers with a variable number of experts | 0 | [dynamic routing](https://huggingface.co/papers/2403.07652) |
+            | `"sparsity"` | sum of the weights of a ReLU router, with a coefficient that holds the number of experts | | [ReMoE](https://huggingface.co/papers/2412.14711) |
+        coef (`float`, *optional*): Coefficient of the loss, of every layer. The default is the paper's, in `DEFAULT_COEF`.
+        grad_to (`str`, *optional*, defaults to `"all"`): `"all"`: the loss also reaches what is before the router, as in the papers.
+            `"router"`: only the router's own parameters, at the price of running it a second time.
+        warmup_steps (`int`, *optional*, defaults to 0): Optimizer steps in which the coefficient rises from 0.
+        decay_steps (`int`, *optional*): Optimizer steps after these in which it falls to 0; it stays if None.
+        adaptive (`bool`, *optional*, defaults to `False`): Skywork-MoE's coefficient of each layer
+            (https://huggingface.co/papers/2406.06563): it follows the share of tokens beyond an even load, and `coef` is its bound
+            and start.
+        num_devices (`int`, *optional*): For `"device"`, into how many groups the experts are divided.
+        noise_std (`float`, *optional*): For `"importance_load"`, the noise of the smooth load; `1 / num_experts` if None.
+        score (`str`, *optional*): What the router makes of its logits, one of `"softmax"`, `"sigmoid"`, `"sqrtsoftplus"`, `"relu"`,
+            `"identity"`. By default it is found out from the routing weights.
+
+    Raises:
+        ValueError: if a value is not allowed.
+
+    Example:
+
+    ```python
+    >>> balancer = LoadBalancer("global_batch").attach(model, accelerator)
+    >>> for batch in dataloader:
+    ...     with accelerator.accumulate(model):
+    ...         accelerator.backward(model(**batch).loss)
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    ...     if accelerator.sync_gradients:
+    ...         balancer.step()
+    >>> balancer.detach()
+    ```
+    """
+
+    kind: str = "switch"
+    coef: float | None = None
+    grad_to: str = "all"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    adaptive: bool = False
+    num_devices: int | None = None
+    noise_std: float | None = None
+    score: str | None = None
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("kind", DEFAULT_COEF),
+            ("grad_to", ("all", "router")),
+            ("score", (None, *losses.SCORES)),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(repr(value) for value in allowed)
+                raise ValueError(f"{name} is {getattr(self, name)!r}. Choose from {choices}.")
+        self.base_coef = DEFAULT_COEF[self.kind] if self.coef is None else self.coef
+        if not self.base_coef >= 0:
+            raise ValueError(f"coef is {self.coef!r}. Choose 0 or more.")
+        if (self.kind == "device") != (self.num_devices is not None):
+            raise ValueError(
+                f"num_devices is {self.num_devices!r} with kind={self.kind!r}. 'device', and it alone, needs a number."
+            )
+        if self.adaptive and self.kind in ("z", "entropy", "sparsity"):
+            raise ValueError(f"adaptive is for losses that balance the load, and kind is {self.kind!r}.")
+        self._hooks: RouterHooks | None = None
+        self.num_steps = 0
+        # Per router: its own coefficient; slots of each expert in the last optimizer step, its tokens, its micro-batches.
+        self._coefs: dict[str, torch.Tensor] = {}
+        self._window: dict[str, torch.Tensor] = {}
+        # Since they were last asked for: the sum of the losses, and of how many passes.
+        self._values: dict[str, torch.Tensor] = {}
+
+    def attach(
+        self,
+        model: nn.Module | RouterHooks,
+        accelerator: Any = None,
+        gradient_accumulation_steps: int = 1,
+        loss_scale: Callable[[], float | torch.Tensor] | None = None,
+    ) -> "LoadBalancer":
+        """
+        Begin to add gradients.
+
+        Args:
+            model (`torch.nn.Module`): The model, or a module around it.
+            accelerator ([`~accelerate.Accelerator`], *optional*): What scales the loss and divides it by its
+                `gradient_accumulation_steps`.
+            gradient_accumulation_steps (`int`, *optional*, defaults to 1): Without an accelerator, what the loss is divided by.
+            loss_scale (`Callable`, *optional*): Instead of both, a function that gives the factor of a micro-batch's loss.
+
+        Raises:
+            ValueError: if the model has no routers.
+        """
+        self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        if loss_scale is None:
+            steps = gradient_accumulation_steps if accelerator is None else accelerator.gradient_accumulation_steps
+            loss_scale = loss_scale_of(accelerator, lambda: steps)
+        self._loss_scale = loss_scale
+        self._parameters = parameters_around(self._hooks.model, self._hooks.routers)
+        self._scores: dict[str, str] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        self._num_added = self._num_arrived = 0
+        self._hooks.add(self._add_gradient, sees_recomputation=True)
+        return self
+
+    def detach(self) -> None:
+        """Add no gradients any more."""
+        if self._hooks is not None:
+            self._hooks.remove(self._add_gradient)
+            self._hooks = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """To be called after every optimizer step; with several processes, by each."""
+        if self._hooks is None:
+            raise ValueError("This LoadBalancer is attached to no model: call `attach(model)` first.")
+        if self._num_added and not self._num_arrived and self.num_steps == 0:
+            logger.warning(
+                f"The gradient of the balance loss {self.kind!r} was added to no backward pass: what the routers return does not "
+                "reach the loss."
+            )
+        if self._counts:
+            self._window = sum_over_ranks(self._counts)
+            if self.adaptive:
+                self._coefs = {name: self._adapted_coef(name, window[:-2]) for name, window in self._window.items()}
+            elif self.kind == "sparsity":
+                self._coefs = self._coefs_for_sparsity()
+        self._counts, self._num_added, self._num_arrived = {}, 0, 0
+        self.num_steps += 1
+        self._hooks.forget()
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The mean loss of each layer since the last call, over all processes, without its coefficient."""
+        values = {name: both[0] / both[1] for name, both in sum_over_ranks(self._values).items()}
+        self._values = {}
+        return values
+
+    def pool(self) -> None:
+        """Let the first process have what [`~LoadBalancer.values`] is made of, before it takes the state of all."""
+        self._values = sum_on_first_process(self._values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training goes on with, as plain numbers."""
+        tensors = {"coefs": self._coefs, "window": self._window, "values": self._values}
+        lists = {key: {name: tensor.tolist() for name, tensor in of.items()} for key, of in tensors.items()}
+        return {"num_steps": self.num_steps} | lists
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where [`~LoadBalancer.state_dict`] was taken."""
+        self.num_steps = state["num_steps"]
+        self._coefs = {name: torch.tensor(value) for name, value in state["coefs"].items()}
+        self._window = {name: torch.tensor(value) for name, value in state["window"].items()}
+        if is_first_process():
+            self._values = {name: torch.tensor(value) for name, value in state["values"].items()}
+
+    @property
+    def schedule(self) -> float:
+        """The factor of the coefficient at this step."""
+        if self.num_steps < self.warmup_steps:
+            return self.num_steps / self.warmup_steps
+        if self.decay_steps is None:
+            return 1.0
+        return max(0.0, 1 - (self.num_steps - self.warmup_steps) / self.decay_steps)
+
+    def _add_gradient(self, call: RouterCall) -> Any:
+        if not call.is_training or not self.base_coef:
+            return None
+        name = call.name
+        if self._needs_counts and not call.is_recomputation:
+            one = torch.ones_like(call.counts_E[:1])
+            counted = torch.cat([call.counts_E, call.num_tokens.reshape(1), one])
+            self._counts[name] = self._counts.get(name, 0) + counted
+        is_trained = any(parameter.requires_grad for parameter in self._parameters[name])
+        if not is_trained or not torch.is_grad_enabled() or not self.schedule:
+            return None
+        if name not in self._scores:
+            self._scores[name] = self.score or cast(RouterHooks, self._hooks).find_score(call)
+        with torch.autocast(call.logits_TE.device.type, enabled=False):
+            loss = self._loss(self._detached(call) if self.grad_to == "router" else call)
+        value = torch.stack([loss.detach(), torch.ones_like(loss)])
+        self._values[name] = value + self._values.get(name, torch.zeros_like(value)).to(value.device)
+        self._num_added += 1
+
+        def factor() -> float | torch.Tensor:
+            self._num_arrived += 1
+            return self.schedule * self._coefs.get(name, self.base_coef) * self._loss_scale()
+
+        return add_gradient(call, loss, factor)
+
+    def _detached(self, call: RouterCall) -> RouterCall:
+        """The same pass once more, of inputs without a gradient."""
+        inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in call.inputs]
+        return replace(call, output=call.router.module.forward(*inputs, **call.keyword_inputs))
+
+    def _loss(self, call: RouterCall) -> torch.Tensor:
+        logits_TE, mask_T = call.logits_TE.float(), call.mask_T
+        num_experts = logits_TE.shape[-1]
+        if self.kind == "z":
+            if self._scores[call.name] == "identity":
+                raise ValueError(f"{call.name} returns no logits but probabilities, so that there is no z-loss.")
+            return losses.z_loss(logits_TE, mask_T)
+        if self.kind == "sparsity":
+            return losses.sparsity_loss(logits_TE.relu(), call.counts_E, self._top_k(call.name), mask_T)
+        if self.kind == "importance_load":
+            return self._importance_load_loss(call)
+        scores_TE = losses.scores_of(logits_TE, self._scores[call.name])
+        if self.kind == "entropy":
+            return losses.entropy_loss(scores_TE, mask_T)
+        if self.kind == "sequence":
+            if call.batch_size is None:
+                raise ValueError(
+                    "The model was called without `input_ids` and `inputs_embeds`, so that sequences are unknown."
+                )
+            return losses.sequence_loss(scores_TE, call.top_k_index_TK, call.batch_size, mask_T)
+        if self.kind == "device":
+            if self.num_devices is None or num_experts % self.num_devices:
+                raise ValueError(
+                    f"{num_experts} experts cannot be divided into num_devices={self.num_devices} groups."
+                )
+            return losses.device_loss(scores_TE, call.counts_E, self.num_devices, mask_T)
+        return losses.switch_loss(scores_TE, self._counts_of_step(call), mask_T)
+
+    def _importance_load_loss(self, call: RouterCall) -> torch.Tensor:
+        logits_TE, index_TK = call.logits_TE.float(), call.top_k_index_TK
+        num_experts, top_k = logits_TE.shape[-1], index_TK.shape[-1]
+        weights_TK = call.router.top_k_weights(call.output)
+        if weights_TK is None:
+            raise ValueError(f"{call.name} does not return its routing weights, which 'importance_load' is about.")
+        weights_TE = logits_TE.new_zeros(len(logits_TE), num_experts + 1)
+        weights_TE = weights_TE.scatter(-1, index_TK, weights_TK.float())[:, :num_experts]
+        loss = losses.importance_loss(weights_TE, call.mask_T)
+        if top_k < num_experts:
+            loss = loss + losses.load_loss(logits_TE, top_k, self.noise_std or 1 / num_experts, call.mask_T)
+        return loss
+
+    def _counts_of_step(self, call: RouterCall) -> torch.Tensor:
+        """Of the tokens at hand; for the global batch with those of the step before for its other micro-batches."""
+        if self.kind != "global_batch" or call.name not in self._window:
+            return call.counts_E
+        window = self._window[call.name].to(call.logits_TE.device)
+        return call.counts_E + (1 - 1 / window[-1]) * window[:-2]
+
+    @property
+    def _needs_counts(self) -> bool:
+        return self.adaptive or self.kind in ("global_batch", "sparsity")
+
+    def _adapted_coef(self, name: str, counts_E: torch.Tensor) -> torch.Tensor:
+        """Skywork-MoE's, with the share of slots beyond an even load for that of dropped tokens."""
+        coef = self._coefs.get(name, torch.tensor(self.base_coef)).to(counts_E.device)
+        shares_E = counts_E / counts_E.sum().clamp(min=1)
+        beyond = (shares_E - 1 / len(shares_E)).relu().sum()
+        return ADAPTIVE_DECAY * coef + (1 - ADAPTIVE_DECAY) * (ADAPTIVE_RATE * beyond).clamp(max=self.base_coef)
+
+    def _coefs_for_sparsity(self) -> dict[str, torch.Tensor]:
+        """ReMoE's, one for all layers: up where experts are chosen more often than they should be, else down."""
+        excess = torch.stack(
+            [window[:-2].sum() / window[-2] / self._top_k(name) - 1 for name, window in self._window.items()]
+        ).mean()
+        coef = next(iter(self._coefs.values()), torch.tensor(self.base_coef)).to(excess.device)
+        coef = torch.where(excess > 0, coef * SPARSITY_FACTOR, coef / SPARSITY_FACTOR)
+        return dict.fromkeys(self._window, coef)
+
+    def _top_k(self, name: str) -> int:
+        """The number of experts per token that the configuration asks for."""
+        top_k = cast(RouterHooks, self._hooks).routers[name].top_k
+        if top_k is None:
+            raise ValueError(f"The configuration does not say how many experts {name} should choose.")
+        return top_k
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of rank 0, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def sum_on_first_process(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums over all processes for the first, and zeros for the others."""
+    total = sum_over_ranks(sums)
+    return total if is_first_process() else {name: torch.zeros_like(of_layer) for name, of_layer in total.items()}
+
+
+def sum_over_ranks(counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums over all processes, in one reduction."""
+    if not counts or not torch.distributed.is_initialized():
+        return counts
+    flat = torch.cat(list(counts.values()))
+    torch.distributed.all_reduce(flat)
+    return dict(zip(counts, flat.split([len(of_layer) for of_layer in counts.values()]), strict=True))

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`find_routers`: the routers of any MoE in transformers, and how to read what they return."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from ..models.losses import SCORES, scores_of
+from ..models.routers import MoeRouter
+
+
+TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "moe_top_k", "moe_topk")
+
+SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
+
+
+class Router(NamedTuple):
+    """A router module, the place of the logits in its output, and the number of experts it chooses, if that is known."""
+
+    module: nn.Module
+    logits_index: int
+    top_k: int | None
+
+    def logits(self, output: Any) -> torch.Tensor:
+        """`(T, E)` logits of an output."""
+        logits = output[self.logits_index] if isinstance(output, tuple) else output
+        return logits.reshape(-1, logits.shape[-1])
+
+    def top_k_index(self, output: Any) -> torch.Tensor:
+        """
+        `(T, K)` chosen experts: the router's own choice if its output shows it, else the K largest logits.
+
+        Raises:
+            ValueError: if neither can be known.
+        """
+        if isinstance(self.module, MoeRouter):
+            return output[2]
+        logits_TE = self.logits(output)
+        for tensor in output if isinstance(output, tuple) else ():
+            if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point() or tensor.dim() < 2:
+                continue
+            # The width tells a choice from a mask over the experts, the number of rows from a permutation of tokens.
+            width = tensor.shape[-1]
+            is_choice = width < logits_TE.shape[-1] if self.top_k is None else width == self.top_k
+            if is_choice and tensor.numel() == len(logits_TE) * width:
+                return tensor.reshape(len(logits_TE), width)
+        if self.top_k is None:
+            raise ValueError(
+                f"{type(self.module).__name__} does not say which experts it chose, and the configuration not how many (none of "
+                f"{', '.join(TOP_K_FIELDS)}), so its routing cannot be recorded."
+            )
+        return logits_TE.topk(self.top_k, dim=-1).indices
+
+    def top_k_weights(self, output: Any) -> torch.Tensor | None:
+        """`(T, K)` routing weights, if the output shows them."""
+        index_TK = self.top_k_index(output)
+        for place, tensor in enumerate(output if isinstance(output, tuple) else ()):
+            is_other = place != self.logits_index and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if is_other and tensor.shape[-1:] == index_TK.shape[-1:] and tensor.numel() == index_TK.numel():
+                return tensor.reshape(index_TK.shape)
+        return None
+
+    @torch.no_grad()
+    def find_score(self, output: Any, hint: str = "softmax") -> str:
+        """
+        Which of `SCORES` the routing weights were made with, found out by comparing them with each.
+
+        Args:
+            output (`Any`): What the router returned.
+            hint (`str`, *optional*, defaults to `"softmax"`): What it is if all fit alike, as with logits of zero.
+
+        Raises:
+            ValueError: if it is none of them.
+        """
+        weights_TK = self.top_k_weights(output)
+        if weights_TK is None:
+            return hint
+        logits_TE, index_TK = self.logits(output), self.top_k_index(output)
+        # Weights may be normalised and scaled: their proportions count, of a token's K, or of all tokens if K is 1.
+        dim = -1 if index_TK.shape[-1] > 1 else 0
+        index_TK, is_expert_TK = index_TK.clamp(max=logits_TE.shape[-1] - 1), index_TK < logits_TE.shape[-1]
+
+        def proportions(values_TK: torch.Tensor) -> torch.Tensor:
+            values_TK = values_TK.float() * is_expert_TK
+            return values_TK / values_TK.sum(dim, keepdim=True).clamp(min=1e-20)
+
+        measured_TK = proportions(weights_TK)
+        errors = {
+            score: float((proportions(scores_of(logits_TE, score).gather(-1, index_TK)) - measured_TK).abs().max())
+            for score in SCORES
+        }
+        if not logits_TE.isfinite().all():
+            raise ValueError(f"The logits of {type(self.module).__name__} are NaN or infinite.")
+        best = min(errors, key=lambda score: errors[score])
+        if not errors[best] < 0.05:
+            raise ValueError(
+                f"The routing weights of {type(self.module).__name__} are in proportion to none of {', '.join(SCORES)} of its "
+                "logits. Say with `score` what a balance loss should make of the logits."
+            )
+        return hint if errors[hint] <= 2 * errors[best] + 1e-6 else best
+
+
+def find_routers(model: nn.Module) -> dict[str, Router]:
+    """
+    The routers of a model by name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    routers: dict[str, Router] = {}
+    for prefix, owner in model.named_modules():
+        if not isinstance(owner, PreTrainedModel):
+            continue
+        for spec in router_specs(owner):
+            for name, module in owner.named_modules(prefix=prefix):
+                matches_name = spec.layer_name is None or f".{spec.layer_name.strip('.')}." in f".{name}."
+                if spec.target_class is not None and isinstance(module, spec.target_class) and matches_name:
+                    routers[name] = Router(module, spec.index, _find_top_k(owner))
+    if not routers:
+        raise ValueError(
+            f"{type(model).__name__} declares no router: neither it nor a model inside it records `router_logits`. Is it a "
+            "mixture of experts of transformers or hf_moe?"
+        )
+    return routers
+
+
+def find_selection_bias(model: nn.Module, router: str) -> torch.Tensor | None:
+    """The bias with which a router chooses and does not weigh, a buffer or parameter of its own or of its block."""
+    block = router.replace(".base_layer", "").rpartition(".")[0]
+    for owner in (model.get_submodule(router), model.get_submodule(block)):
+        for name, tensor in (*owner.named_buffers(), *owner.named_parameters()):
+            if name.rpartition(".")[2] in SELECTION_BIASES:
+                return tensor
+    return None
+
+
+def router_specs(model: PreTrainedModel) -> list[OutputRecorder]:
+    """The declarations with which transformers records the router logits of a model."""
+    specs = (model._can_record_outputs or {}).get("router_logits", [])
+    specs = specs if isinstance(specs, list) else [specs]
+    return [spec if isinstance(spec, OutputRecorder) else OutputRecorder(spec, index=1) for spec in specs]
+
+
+def parameters_around(model: nn.Module, routers: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each router, its own and those of adapters around it."""
+    parameters = [(f"{without_wrappers(name)}.", parameter) for name, parameter in model.named_parameters()]
+    return {
+        router: [parameter for name, parameter in parameters if name.startswith(f"{without_wrappers(router)}.")]
+        for router in routers
+    }
+
+
+def without_wrappers(name: str) -> str:
+    """The name without the modules that PEFT puts around one."""
+    parts = name.split(".")
+    if "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        del parts[place : place + 2]
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def _find_top_k(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    for owner in (config, getattr(config, "ffn_config", None)):
+        for field in TOP_K_FIELDS:
+            if isinstance(top_k := getattr(owner, field, None), int):
+                return top_k
+    return None

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RouterStatisticsCallback`: how evenly experts are used in training, in the logs of the Trainer and as a history."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+from ..models import losses
+from .attach import Attachment, MoeCallback
+from .history import RoutingHistory
+from .load_balancing import is_first_process, sum_on_first_process, sum_over_ranks
+from .router_hooks import RouterCall, RouterHooks
+from .statistics import LayerRouting, RoutingStatistics, layer_number
+
+
+logger = logging.get_logger(__name__)
+
+
+class RouterStatisticsCallback(MoeCallback):
+    """
+    Logs how evenly experts are used, with the training loss and wherever that is reported to.
+
+    | key | what |
+    |---|---|
+    | `moe/load_max_mean` | slots of the busiest expert by the mean |
+    | `moe/load_cv` | coefficient of variation of the slots |
+    | `moe/max_violation` | `load_max_mean - 1` |
+    | `moe/entropy` | entropy of the load by its maximum |
+    | `moe/dead_frac` | share of experts without a token |
+    | `moe/aux_loss` | Switch's balance loss, 1 if balanced, of the steps that are logged |
+    | `moe/z_loss` | mean square of the logits' logsumexp, of the steps that are logged |
+
+    Counted are the tokens of training since the last log, without padding and evaluation, of all ranks, in both kinds of
+    gradient checkpointing once. Between logs nothing is asked of the device.
+
+    Args:
+        per_layer (`bool`, *optional*, defaults to `False`): Whether to log every layer too, as `moe/layer_3/entropy`.
+        folder (`str`, *optional*): Where to write the counts of every log, as `routing_history.jsonl`, and, at the end, pictures of
+            them if matplotlib is installed.
+
+    Example:
+
+    ```python
+    >>> from hf_moe import RouterStatisticsCallback, add_moe_callbacks
+
+    >>> add_moe_callbacks(trainer, RouterStatisticsCallback(folder="routing"))
+    ```
+    """
+
+    def __init__(self, per_layer: bool = False, folder: str | None = None):
+        super().__init__(per_layer=per_layer, folder=folder)
+        self.per_layer, self.folder = per_layer, folder
+        self._hooks: RouterHooks | None = None
+        # Per router: slots of each expert, number of tokens, passes with logits that are not finite; sums of losses, their number.
+        self._counts: dict[str, torch.Tensor] = {}
+        self._losses: dict[str, torch.Tensor] = {}
+
+    def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        self._hooks = attachment.hooks(model)
+        self._scores: dict[str, str | None] = {}
+        self._sees_losses, self._step = True, attachment.trainer.state.global_step
+        if self.folder is not None and attachment.trainer.is_world_process_zero():
+            RoutingHistory.begin(self.folder, self._step)
+        self._hooks.add(self._add)
+
+    def end(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove(self._add)
+            self._hooks = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        is_first = state.global_step == 0 and args.logging_first_step
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS
+        self._sees_losses = not by_steps or is_first or (state.global_step + 1) % state.logging_steps == 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step = state.global_step
+        if control.should_save:
+            # The first process saves for all.
+            self._counts = sum_on_first_process(self._counts)
+            self._losses = sum_on_first_process(self._losses)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        super().on_train_end(args, state, control, **kwargs)
+        if self.folder is not None and state.is_world_process_zero:
+            _draw(self.folder)
+
+    def save_state(self) -> dict[str, Any]:
+        sums = {"counts": self._counts, "losses": self._losses}
+        return {key: {name: tensor.tolist() for name, tensor in of.items()} for key, of in sums.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if is_first_process():
+            self._counts = {name: torch.tensor(values) for name, values in state["counts"].items()}
+            self._losses = {name: torch.tensor(values) for name, values in state["losses"].items()}
+
+    def metrics(self) -> dict[str, float]:
+        counts, sums = sum_over_ranks(self._counts), sum_over_ranks(self._losses)
+        self._counts, self._losses = {}, {}
+        if not counts:
+            return {}
+        values = {name: tensor.tolist() for name, tensor in counts.items()}
+        if broken := [name for name, of_layer in values.items() if of_layer[-1]]:
+            logger.warning(
+                f"Before step {self._step} the logits of {broken[0]}{f' and {len(broken) - 1} other routers' if broken[1:] else ''} were NaN "
+                "or infinite. Lower the learning rate, or look at what goes into that layer."
+            )
+        layers = {name: LayerRouting(torch.tensor(of[:-2]), of[-2]) for name, of in values.items()}
+        statistics = RoutingStatistics(layers)
+        if self.folder is not None and is_first_process():
+            RoutingHistory.append(self.folder, self._step, statistics)
+        rows = {name: _row(layer, sums.get(name)) for name, layer in layers.items()}
+        found = {key for row in rows.values() for key in row}
+        metrics = {key: sum(row[key] for row in rows.values() if key in row) / len(rows) for key in sorted(found)}
+        if self.per_layer:
+            numbers = [layer_number(name) for name in rows]
+            places = numbers if len(set(numbers)) == len(numbers) else list(rows)
+            for place, row in zip(places, rows.values(), strict=True):
+                metrics |= {f"layer_{place}/{key}": value for key, value in row.items()}
+        return {f"moe/{key}": value for key, value in metrics.items()}
+
+    @torch.no_grad()
+    def _add(self, call: RouterCall) -> None:
+        if not call.is_training or call.is_recomputation:
+            return
+        name, logits_TE = call.name, call.logits_TE.float()
+        is_broken = ~logits_TE.sum().isfinite()
+        counts = torch.cat([call.counts_E, call.num_tokens.reshape(1), is_broken.to(call.counts_E).reshape(1)]).long()
+        self._counts[name] = self._counts.get(name, torch.zeros_like(counts)).to(counts.device) + counts
+        if not self._sees_losses:
+            return
+        if name not in self._scores:
+            self._scores[name] = self._find_score(call)
+        score, one = self._scores[name], torch.ones((), device=logits_TE.device)
+        with torch.autocast(logits_TE.device.type, enabled=False):
+            balance = (
+                losses.switch_loss(losses.scores_of(logits_TE, score), call.counts_E, call.mask_T)
+                if score
+                else one * 0
+            )
+            z = losses.z_loss(logits_TE, call.mask_T)
+        sums = torch.stack([balance, z, one * bool(score), one])
+        self._losses[name] = self._losses.get(name, torch.zeros_like(sums)).to(sums.device) + sums
+
+    def _find_score(self, call: RouterCall) -> str | None:
+        try:
+            return cast(RouterHooks, self._hooks).find_score(call)
+        except ValueError as error:
+            logger.warning(f"RouterStatisticsCallback leaves out `moe/aux_loss`: {error}")
+            return None
+
+
+def _row(layer: LayerRouting, sums: torch.Tensor | None) -> dict[str, float]:
+    row = {
+        "load_max_mean": layer.max_violation + 1,
+        "load_cv": layer.coefficient_of_variation,
+        "max_violation": layer.max_violation,
+        "entropy": layer.entropy,
+        "dead_frac": len(layer.dead_experts) / len(layer.counts),
+    }
+    balance, z, num_balance, num_z = [0.0] * 4 if sums is None else sums.tolist()
+    row |= {"aux_loss": balance / num_balance} if num_balance else {}
+    return row | ({"z_loss": z / num_z} if num_z else {})
+
+
+def _draw(folder: str) -> None:
+    from ..plots import plot_history, plot_load
+
+    history = RoutingHistory.load(folder)
+    if history.steps:
+        try:
+            plot_load(history.statistics[-1], Path(folder, "load.png"), title=f"step {history.steps[-1]}")
+            plot_history(history, Path(folder, "load_over_steps.png"))
+        except ImportError as error:
+            logger.warning(f"RouterStatisticsCallback drew nothing. {error}")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What is added to the routers' gradients under DDP and FSDP2: what test_distributed_balance.py starts two processes of.
+
+    python distributed_balance.py FOLDER RANK
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from router_gradients import KINDS, MODELS, injected_gradients, native_gradient, rows, trainable, whole
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from hf_moe.training.load_balancing import LoadBalancer
+from hf_moe.training.routers import find_routers
+
+
+DDP_SETTINGS: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "DDP, accumulation 2": {"gradient_accumulation_steps": 2},
+    "DDP, reentrant checkpointing": {
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "ddp_find_unused_parameters": False,
+    },
+}
+
+
+def sharded_gradients(model_kind: str, rank: int, use_reentrant: bool | None) -> dict[str, torch.Tensor]:
+    """What is added under FSDP2, of which every process sees two rows of its own."""
+    model = trainable(model_kind)
+    if use_reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    mine = rows(4)[2 * rank : 2 * rank + 2]
+    batch = {key: torch.stack([row[key] for row in mine]) for key in ("input_ids", "attention_mask")}
+    found = {}
+    for kind, options in KINDS.items():
+        balancer = LoadBalancer(kind, coef=1.0, **options).attach(model)
+        for step in range(2 if kind == "global_batch" else 1):
+            model.zero_grad()
+            (model(**batch).logits.sum() * 0).backward()
+            balancer.step()
+            name = f"{kind}, second step" if step else kind
+            found[name] = torch.stack([whole(router.module.weight.grad) for router in find_routers(model).values()])
+        balancer.detach()
+    return found
+
+
+def main(folder: str, rank: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = {}
+    for model_kind in MODELS.values():
+        for name, setting in DDP_SETTINGS.items():
+            results[model_kind, f"{name}, all alike"] = injected_gradients(model_kind, rows(), **setting)
+        results[model_kind, "DDP, all different"] = injected_gradients(model_kind, rows(4))
+        for use_reentrant in (None, False, True):
+            results[model_kind, f"FSDP2, {use_reentrant=}"] = sharded_gradients(model_kind, rank, use_reentrant)
+        if model_kind != "moe_llama":
+            results[model_kind, "transformers"] = {"native": native_gradient(model_kind, rows())}
+    torch.save(results, f"{folder}/gradients{rank}.pt")
+    distributed.barrier()
+
+
+def run_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
+    """What both processes found."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), rank],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("\n".join(errors))
+    return [torch.load(folder / f"gradients{rank}.pt") for rank in range(2)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
+    os._exit(0)  # gloo's threads sometimes abort an orderly exit

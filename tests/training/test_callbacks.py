@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The callbacks under Trainer and TRL's trainers: what they log, steer, save and go on with, and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import trl
+from conftest import dense_model, moe_model, save_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from router_gradients import rows, trainable
+from small_models import small_moe
+from transformers import Trainer, TrainingArguments
+
+from hf_moe import (
+    BiasBalancingCallback,
+    LoadBalancingCallback,
+    RouterFreezeCallback,
+    RouterStatisticsCallback,
+    RoutingHistory,
+    add_moe_callbacks,
+    load_router_bias,
+)
+from hf_moe.training.routers import find_routers
+
+
+def make_trainer(model, folder: Path, *callbacks, data=None, **arguments: Any) -> Trainer:
+    arguments = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+        "train_sampling_strategy": "sequential",
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        **arguments,
+    }
+    trainer = Trainer(
+        model, TrainingArguments(str(folder), **arguments), train_dataset=data or rows(32), eval_dataset=rows(4)
+    )
+    add_moe_callbacks(trainer, *callbacks)
+    return trainer
+
+
+def logged(trainer: Trainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def count_by_hand(model) -> dict[str, torch.Tensor]:
+    """Per router a count of every expert, added to in each forward pass outside of evaluation; the first pass alone."""
+    counts: dict[str, torch.Tensor] = {}
+
+    def hook(name):
+        def count(module, args, output):
+            if module.training and torch._C._current_graph_task_id() == -1:
+                mask = torch.stack([row["attention_mask"] for row in count.rows]).flatten().bool()
+                chosen = torch.bincount(output[2][mask].flatten(), minlength=output[0].shape[-1])
+                counts[name] = counts.get(name, 0) + chosen
+
+        return count
+
+    hooks = [hook(name) for name in find_routers(model)]
+    for function, router in zip(hooks, find_routers(model).values(), strict=True):
+        router.module.register_forward_hook(function)
+    counts["rows"] = lambda given: [setattr(function, "rows", given) for function in hooks]
+    return counts
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_statistics_are_exact(kind, use_reentrant, tmp_path):
+    """With accumulation, padding, checkpointing and an evaluation in between."""
+    model, data = trainable(kind), rows(16)
+    counts = count_by_hand(model)
+    set_rows, place = counts.pop("rows"), iter(range(0, 16, 2))
+
+    def next_rows(module, args):
+        if module.training:
+            first = next(place)
+            set_rows(data[first : first + 2])
+
+    model.register_forward_pre_hook(next_rows)
+    setting = {} if use_reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    callback = RouterStatisticsCallback(folder=str(tmp_path / "routing"))
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        callback,
+        data=data,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=use_reentrant is not None,
+        logging_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        **setting,
+    )
+    trainer.train()
+    history = RoutingHistory.load(tmp_path / "routing")
+    assert history.steps == [4]
+    for name, layer in history.statistics[0].layers.items():
+        assert layer.counts.tolist() == counts[name].tolist()
+        assert layer.num_tokens == sum(int(row["attention_mask"].sum()) for row in data)
+    by_hand = torch.stack(list(counts.values())).double()
+    variation = by_hand.std(1, correction=0) / by_hand.mean(1)
+    assert logged(trainer, "moe/load_cv") == pytest.approx([float(variation.mean())])
+    assert logged(trainer, "moe/load_max_mean") == pytest.approx(
+        [float((by_hand.max(1).values / by_hand.mean(1)).mean())]
+    )
+    assert {path.name for path in (tmp_path / "routing").iterdir()} >= {"load.png", "load_over_steps.png"}
+
+
+KEYS = ("load_max_mean", "load_cv", "max_violation", "entropy", "dead_frac", "aux_loss", "z_loss")
+
+
+def test_keys_are_bounded(tmp_path):
+    trainer = make_trainer(trainable("mixtral"), tmp_path, RouterStatisticsCallback())
+    trainer.train()
+    found = {key for entry in trainer.state.log_history for key in entry if key.startswith("moe/")}
+    assert found == {f"moe/{key}" for key in KEYS}
+    assert len(logged(trainer, "moe/entropy")) == 2
+    trainer = make_trainer(trainable("mixtral"), tmp_path, RouterStatisticsCallback(per_layer=True))
+    trainer.train()
+    found = {key for entry in trainer.state.log_history for key in entry if key.startswith("moe/layer_")}
+    assert found == {f"moe/layer_{layer}/{key}" for layer in range(3) for key in KEYS}
+
+
+def test_tensorboard_has_the_keys(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(
+        trainable("mixtral"),
+        tmp_path,
+        RouterStatisticsCallback(),
+        LoadBalancingCallback("global_batch"),
+        report_to=["tensorboard"],
+    )
+    trainer.train()
+    (events,) = tmp_path.rglob("events.out*")
+    reader = EventAccumulator(str(events)).Reload()
+    for key in [*KEYS, "global_batch_loss"]:
+        assert [event.value for event in reader.Scalars(f"train/moe/{key}")] == pytest.approx(
+            logged(trainer, f"moe/{key}")
+        )
+
+
+def resumed(make, tmp_path: Path, **arguments: Any) -> tuple[Trainer, Trainer]:
+    """A training of six steps, and one that goes on after three."""
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, **arguments}
+    arguments["restore_callback_states_from_checkpoint"] = True
+    whole = make(tmp_path / "whole", arguments)
+    whole.train()
+    other = make(tmp_path / "other", arguments)
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    return whole, other
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_a_resumed_training_is_the_same(is_adapter, tmp_path):
+    def make(folder: Path, arguments: dict[str, Any]) -> Trainer:
+        model = trainable("deepseek_v3")
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:  # which the Trainer does not load again for this class
+                parameter.requires_grad_(False)
+        if is_adapter:
+            torch.manual_seed(0)
+            model = get_peft_model(small_moe("deepseek_v3"), LoraConfig(r=2, target_modules=["kv_b_proj"]))
+        callbacks = [
+            BiasBalancingCallback(0.01),
+            LoadBalancingCallback("global_batch", adaptive=True, warmup_steps=4),
+            LoadBalancingCallback("z", 0.1),
+            RouterStatisticsCallback(folder=str(folder / "routing")),
+        ]
+        return make_trainer(model, folder, *callbacks, **arguments)
+
+    whole, other = resumed(make, tmp_path, gradient_accumulation_steps=2)
+    for key in ("moe/load_cv", "moe/z_loss", "moe/aux_loss", *([] if is_adapter else ["moe/global_batch_loss"])):
+        assert len(logged(whole, key)) == 3
+        assert logged(other, key) == pytest.approx(logged(whole, key), abs=1e-5), key
+    ours = [[callback.state() for callback in trainer.callback_handler.callbacks[-4:]] for trainer in (whole, other)]
+    assert ours[0][0] == ours[1][0]  # the bias
+    assert ours[0][1]["state"]["num_steps"] == ours[1][1]["state"]["num_steps"] == 6
+    assert json.dumps(ours[0][1]["state"]["window"]) == json.dumps(ours[1][1]["state"]["window"])
+    biases = [
+        {name: router.module.e_score_correction_bias for name, router in find_routers(trainer.model).items()}
+        for trainer in (whole, other)
+    ]
+    for name, bias in biases[0].items():
+        assert torch.equal(bias, biases[1][name])
+        assert bias.abs().max() > 0.02
+
+
+def test_what_begins_anew_says_so(tmp_path, caplog):
+    def make(folder: Path, **arguments: Any) -> Trainer:
+        return make_trainer(trainable("mixtral"), folder, LoadBalancingCallback("switch"), **arguments)
+
+    make(tmp_path, save_strategy="steps", save_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with caplog.at_level("WARNING"):
+        make(tmp_path).train(resume_from_checkpoint=checkpoint)
+        assert "LoadBalancingCallback begins anew at step 2: set `restore_callback_states" in caplog.text
+        path = Path(checkpoint, "trainer_state.json")
+        state = json.loads(path.read_text())
+        state["stateful_callbacks"]["LoadBalancingCallback"]["world_size"] = 8
+        path.write_text(json.dumps(state))
+        make(tmp_path, restore_callback_states_from_checkpoint=True).train(resume_from_checkpoint=checkpoint)
+        assert "the checkpoint was saved by 8 processes, and 1 go on" in caplog.text
+
+
+def test_the_bias_of_an_adapter(tmp_path):
+    model = get_peft_model(small_moe("deepseek_v3"), LoraConfig(r=2, target_modules=["kv_b_proj"]))
+    trainer = make_trainer(model, tmp_path, BiasBalancingCallback(0.01), save_strategy="steps", save_steps=4)
+    trainer.train()
+    for folder in (tmp_path, tmp_path / "checkpoint-4"):
+        fresh = small_moe("deepseek_v3")
+        load_router_bias(fresh, folder)
+        for name, router in find_routers(fresh).items():
+            trained = model.get_submodule(f"base_model.model.{name}").e_score_correction_bias
+            assert torch.equal(router.module.e_score_correction_bias, trained)
+    loaded = PeftModel.from_pretrained(small_moe("deepseek_v3"), tmp_path / "checkpoint-4")
+    load_router_bias(loaded, tmp_path)
+    with pytest.raises(ValueError, match="The routers of .* are not those of this DeepseekV3ForCausalLM"):
+        load_router_bias(small_moe("deepseek_v3", num_hidden_layers=2), tmp_path)
+    with pytest.raises(ValueError, match=r"has no router_bias.safetensors"):
+        load_router_bias(small_moe("deepseek_v3"), tmp_path / "gone")
+
+
+class Watch(transformers.TrainerCallback):
+    """What changes in every step."""
+
+    def __init__(self, model):
+        self.model, self.changed = model, []
+        self.before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        changed = {name for name, value in now.items() if not torch.equal(value, self.before[name])}
+        is_router = {"mlp.gate.weight" in name for name in changed}
+        self.changed.append({(True,): "routers", (False,): "others", (False, True): "all"}[tuple(sorted(is_router))])
+        self.before = now
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["others"] * 6),
+        ({"freeze_from": 2, "freeze_until": 4}, ["all", "all", "others", "others", "all", "all"]),
+        ({"only_routers_until": 2, "freeze_from": 4}, ["routers", "routers", "all", "all", "others", "others"]),
+    ],
+)
+def test_schedules_of_freezing(options, expected, tmp_path):
+    model = trainable("mixtral")
+    watch = Watch(model)
+    trainer = make_trainer(model, tmp_path, RouterFreezeCallback(**options), max_steps=6)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert watch.changed == expected
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RouterFreezeCallback(freeze_from=3, freeze_until=3), "freeze_until is 3 and freeze_from 3"),
+        (lambda: RouterFreezeCallback(only_routers_until=2), "only_routers_until is 2, but the routers are frozen"),
+        (lambda: LoadBalancingCallback("gshard"), "kind is 'gshard'"),
+        (lambda: BiasBalancingCallback(0), "update_rate is 0"),
+    ],
+)
+def test_values_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_trainers_that_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM declares no router"):
+        make_trainer(dense_model("llama"), tmp_path)
+    with pytest.raises(ValueError, match="is no callback of hf_moe. Give instances"):
+        make_trainer(trainable("mixtral"), tmp_path, LoadBalancingCallback)
+    trainer = make_trainer(trainable("mixtral"), tmp_path, BiasBalancingCallback())
+    with pytest.raises(
+        ValueError, match="MixtralTopKRouter.* have no bias to choose experts with.*LoadBalancingCallback"
+    ):
+        trainer.train()
+    model = trainable("mixtral")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(model, arguments, train_dataset=rows(), callbacks=[LoadBalancingCallback()])
+    with pytest.raises(
+        ValueError, match="LoadBalancingCallback does not know its trainer. Give it with `add_moe_callbacks"
+    ):
+        trainer.train()
+    frozen = get_peft_model(small_moe("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="The routers are frozen already"):
+        make_trainer(frozen, tmp_path, RouterFreezeCallback()).train()
+
+
+def test_callbacks_given_to_the_trainer_work_once_it_is_attached(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], logging_steps=1)
+    trainer = Trainer(trainable("mixtral"), arguments, train_dataset=rows(), callbacks=[RouterStatisticsCallback()])
+    add_moe_callbacks(trainer)
+    trainer.train()
+    assert logged(trainer, "moe/entropy")
+
+
+def test_a_history_is_not_overwritten(tmp_path):
+    for step in range(2):
+        trainer = make_trainer(trainable("mixtral"), tmp_path / "out", RouterStatisticsCallback(folder=str(tmp_path)))
+        if not step:
+            trainer.train()
+    with pytest.raises(ValueError, match=r"routing_history.jsonl is there already, from another training"):
+        trainer.train()
+
+
+def test_logits_that_are_not_finite_are_said(tmp_path, caplog):
+    model = trainable("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[0, 0] = float("nan")
+    with caplog.at_level("WARNING"):
+        make_trainer(model, tmp_path, RouterStatisticsCallback(), max_steps=1, logging_steps=1).train()
+    assert "Before step 1 the logits of model.layers.1.mlp.gate and 1 other routers were NaN" in caplog.text
+
+
+def test_the_models_own_loss_is_said(tmp_path, caplog):
+    model = trainable("mixtral", output_router_logits=True)
+    with caplog.at_level("WARNING"):
+        make_trainer(model, tmp_path, LoadBalancingCallback(), max_steps=1).train()
+    assert "The model's own balance loss is on as well" in caplog.text
+
+
+def language_data() -> dict[str, Dataset]:
+    texts = ["the quick brown fox", "jumps over the lazy dog"] * 4
+    return {
+        "sft": Dataset.from_dict({"text": texts}),
+        "dpo": Dataset.from_dict({"prompt": ["say "] * 8, "chosen": texts, "rejected": texts[::-1]}),
+        "grpo": Dataset.from_dict({"prompt": texts}),
+    }
+
+
+def trl_trainer(name: str, tmp_path: Path, **options: Any) -> Trainer:
+    moe_model("llama").save_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    arguments = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False}
+    arguments |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
+    if name == "grpo":
+        arguments |= {"num_generations": 2, "max_completion_length": 4}
+    config = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}[name]
+    trainer = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "grpo": trl.GRPOTrainer}[name]
+    if name == "grpo":
+        options["reward_funcs"] = lambda completions, **kwargs: [float(len(text)) for text in completions]
+    return trainer(
+        model=model,
+        args=config(str(tmp_path / "out"), router_aux_loss_coef=0.0, **arguments),
+        train_dataset=language_data()[name],
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_trl(name, is_adapter, tmp_path, caplog):
+    options = (
+        {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.gate"])} if is_adapter else {}
+    )
+    trainer = trl_trainer(name, tmp_path, **options)
+    add_moe_callbacks(trainer, LoadBalancingCallback("switch", 10.0, grad_to="router"), RouterStatisticsCallback())
+    before = [router.module.weight.detach().clone() for router in find_routers(trainer.model).values()]
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert "own balance loss" not in caplog.text
+    assert len(logged(trainer, "moe/switch_loss")) == len(logged(trainer, "moe/entropy")) == 2
+    after = [router.module.weight for router in find_routers(trainer.model).values()]
+    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_reinforcement_learning_has_no_balance_loss_by_default(tmp_path, caplog):
+    trainer = trl_trainer("grpo", tmp_path)
+    add_moe_callbacks(trainer, LoadBalancingCallback(), RouterStatisticsCallback())
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert "no balance loss with GRPOTrainer, where it is known to spoil" in caplog.text
+    assert not logged(trainer, "moe/switch_loss")
+    assert logged(trainer, "moe/entropy")
+
+
+def test_reinforcement_learning_with_a_coefficient(tmp_path):
+    trainer = trl_trainer("grpo", tmp_path)
+    add_moe_callbacks(trainer, LoadBalancingCallback(coef=0.1))
+    trainer.train()
+    assert len(logged(trainer, "moe/switch_loss")) == 2

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes with DDP or FSDP2 add to the routers' gradients what is computed by hand in one."""
+
+import pytest
+import torch
+from conftest import assert_close
+from distributed_balance import run_processes
+from router_gradients import MODELS, native_gradient, rows
+from test_load_balancing import expected_gradient
+
+
+@pytest.mark.processes
+def test_two_processes_are_averaged(tmp_path):
+    results = run_processes(tmp_path)
+    for model_kind in MODELS.values():
+        alike = {}
+        different = {}
+        for kind in results[0][model_kind, "DDP, all different"]:
+            name, _, is_second = kind.partition(",")
+            counted = expected_gradient(name, model_kind, rows(4))[1] if is_second else None
+            alike[kind], _ = expected_gradient(name, model_kind, rows())
+            different[kind], _ = expected_gradient(name, model_kind, rows(4), counted)
+        for of_rank in results:
+            for (of_model, way), found in of_rank.items():
+                if of_model != model_kind or way == "transformers":
+                    continue
+                expected = alike if way.endswith("alike") else different
+                assert found.keys() == expected.keys()
+                for kind, gradient in found.items():
+                    assert_close(gradient, expected[kind], 3e-6)
+
+    # Its own term comes twice, since the loss is multiplied by the number of processes for the mean over all tokens.
+    native = results[0]["mixtral", "transformers"]["native"]
+    assert torch.allclose(native, 2 * native_gradient("mixtral", rows()), rtol=1e-4, atol=1e-7)

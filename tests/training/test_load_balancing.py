@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a LoadBalancer adds to the routers' gradients, beside losses written out by hand, in every setting of a Trainer."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from conftest import assert_close, moe_model
+from peft import LoraConfig, get_peft_model
+from router_gradients import KINDS, MODELS, SETTINGS, injected_gradients, native_gradient, rows, trainable
+from small_models import small_moe
+from torch import nn
+
+from hf_moe import LoadBalancer, LoadBalancingCallback, add_moe_callbacks
+from hf_moe.models.routers import MoeRouter
+from hf_moe.training.routers import find_routers
+
+
+def by_hand(kind: str, logits, index, weights, mask, sigmoid: bool, counts=None) -> torch.Tensor:
+    """The loss of one layer, expert by expert and sequence by sequence: `mask` is `(B, S)`."""
+    num_experts = logits.shape[-1]
+    scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True) if sigmoid else logits.softmax(-1)
+
+    def switch(kept: torch.Tensor, groups: int = num_experts) -> torch.Tensor:
+        chosen = index[kept].flatten()
+        share = torch.stack([(chosen == expert).float().mean() for expert in range(num_experts)])
+        if counts is not None:  # those of another step, and how many micro-batches it had
+            own = torch.stack([(chosen == expert).sum() for expert in range(num_experts)])
+            share = own + (1 - 1 / counts[-1]) * counts[:-1]
+            share = share / share.sum()
+        return groups * sum(
+            share[group].sum() * scores[kept][:, group].sum(-1).mean()
+            for group in torch.arange(num_experts).chunk(groups)
+        )
+
+    kept = mask.flatten().bool()
+    if kind in ("switch", "global_batch"):
+        return switch(kept)
+    if kind == "device":
+        return switch(kept, 2)
+    if kind == "sequence":
+        of_row = [torch.zeros_like(mask).index_copy(0, torch.tensor([row]), mask[[row]]) for row in range(len(mask))]
+        return sum(switch(row.flatten().bool()) for row in of_row) / len(mask)
+    if kind == "z":
+        return torch.log(logits[kept].exp().sum(-1)).pow(2).mean()
+    if kind == "entropy":
+        return -(scores[kept] * scores[kept].log()).sum(-1).mean()
+    importance = torch.stack([weights[kept][index[kept] == expert].sum() for expert in range(num_experts)])
+    normal, load = torch.distributions.Normal(0.0, 1 / num_experts), []
+    for expert in range(num_experts):
+        others = torch.cat([logits[:, :expert], logits[:, expert + 1 :]], dim=-1)
+        load.append(normal.cdf(logits[:, expert] - others.topk(index.shape[-1]).values[:, -1])[kept].sum())
+    return sum(value.var(correction=0) / value.mean() ** 2 for value in (importance, torch.stack(load)))
+
+
+def expected_gradient(kind: str, model_kind: str, data, counts=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The mean over micro-batches of two rows of the routers' own gradients; what layers counted, in how many of them."""
+    model, outputs = trainable(model_kind), []
+    routers = [router.module for router in find_routers(model).values()]
+    for router in routers:
+        router.register_forward_hook(lambda module, args, output: outputs.append(output))
+    gradients, counted = [], [0] * len(routers)
+    for first in range(0, len(data), 2):
+        outputs.clear()
+        micro_batch = {key: torch.stack([row[key] for row in data[first : first + 2]]) for key in data[0]}
+        model(**micro_batch)
+        mask, loss = micro_batch["attention_mask"], 0
+        for layer, (logits, weights, index) in enumerate(outputs):
+            given = None if counts is None else counts[layer]
+            loss = loss + by_hand(kind, logits, index, weights, mask, model_kind == "deepseek_v3", given)
+            chosen = index[mask.flatten().bool()].flatten()
+            one_batch = torch.tensor([1])
+            counted[layer] = counted[layer] + torch.cat(
+                [torch.bincount(chosen, minlength=logits.shape[-1]), one_batch]
+            )
+        gradients.append(torch.stack(torch.autograd.grad(loss, [router.weight for router in routers])))
+    return torch.stack(gradients).mean(0), counted
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_gradient_in_every_setting(model, setting):
+    """All micro-batches are alike, so that the gradient is that of one of them."""
+    found = injected_gradients(MODELS[model], rows(), **SETTINGS[setting])
+    for kind, gradient in found.items():
+        expected, _ = expected_gradient(kind.split(",")[0], MODELS[model], rows())
+        assert_close(gradient, expected, 2e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_micro_batches_that_differ(model):
+    data = rows(8)
+    found = injected_gradients(MODELS[model], data, gradient_accumulation_steps=4)
+    for kind in KINDS:
+        expected, counted = expected_gradient(kind, MODELS[model], data)
+        assert_close(found[kind], expected, 2e-6)
+    # The second step of the global batch takes the counts of the first for the other micro-batches.
+    expected, _ = expected_gradient("global_batch", MODELS[model], data, counted)
+    assert_close(found["global_batch, second step"], expected, 2e-6)
+
+
+def test_what_transformers_makes_of_its_own():
+    """The figures of the guide, for one model: hf_moe has no part in these."""
+    found = {name: native_gradient("mixtral", rows(), **setting).norm().item() for name, setting in SETTINGS.items()}
+    ratios = {name: round(norm / found["one micro-batch"], 3) for name, norm in found.items()}
+    assert ratios["accumulation 8"] == 8
+    assert (ratios["label smoothing"], ratios["`compute_loss_func`"], ratios["reentrant checkpointing"]) == (0, 0, 0)
+
+
+def test_the_last_window_of_an_epoch_is_shorter():
+    """Six micro-batches in windows of four: the second has two."""
+    data = rows(12)
+    model, gradients = trainable("mixtral"), {}
+    for coef in (0.0, 1.0):
+        found = gradients[coef] = []
+
+        class Take(transformers.TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, found=found, **kwargs):
+                found.append(torch.stack([r.module.weight.grad.clone() for r in find_routers(model).values()]))
+
+        arguments = transformers.TrainingArguments(
+            "unused",
+            per_device_train_batch_size=2,
+            num_train_epochs=1,
+            gradient_accumulation_steps=4,
+            learning_rate=0.0,
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[Take()])
+        add_moe_callbacks(trainer, LoadBalancingCallback("switch", coef))
+        trainer.train()
+    for window, part in enumerate((data[:8], data[8:])):
+        expected, _ = expected_gradient("switch", "mixtral", part)
+        assert_close(gradients[1.0][window] - gradients[0.0][window], expected, 2e-6)
+
+
+def test_a_plain_loop_with_accelerate():
+    GradientState._reset_state()  # of the Trainers before
+    data, accelerator = rows(8), Accelerator(cpu=True, gradient_accumulation_steps=4)
+    gradients = []
+    for coef in (0.0, 1.0):
+        model = trainable("mixtral")
+        optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
+        balancer = LoadBalancer("switch", coef).attach(model, accelerator)
+        for first in range(0, 8, 2):
+            with accelerator.accumulate(model):
+                batch = {key: torch.stack([row[key] for row in data[first : first + 2]]) for key in data[0]}
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    gradients.append(torch.stack([r.module.weight.grad.clone() for r in find_routers(model).values()]))
+                optimizer.step()
+                optimizer.zero_grad()
+        balancer.step()
+        balancer.detach()
+    expected, _ = expected_gradient("switch", "mixtral", data)
+    assert_close(gradients[1] - gradients[0], expected, 2e-6)
+
+
+def test_a_scaled_loss():
+    """A gradient scaler multiplies the loss before the backward pass and divides the gradients behind it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler
+    (gradient,) = gradient_added(small_moe("mixtral").train().requires_grad_(True), accelerator)
+    (unscaled,) = gradient_added(small_moe("mixtral").train().requires_grad_(True), None)
+    assert_close(gradient, 1024 * unscaled)
+
+
+def gradient_added(model: nn.Module, accelerator=None, **options) -> list[torch.Tensor]:
+    """What a loss adds to the routers where the model's own loss has no gradient."""
+    balancer = LoadBalancer("switch", 1.0, **options).attach(model, accelerator)
+    model.zero_grad()
+    batch = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids", "attention_mask")}
+    (model(**batch).logits.sum() * 0).backward()
+    balancer.step()
+    balancer.detach()
+    return [torch.stack([router.module.weight.grad.clone() for router in find_routers(model).values()])]
+
+
+def test_autocast_does_not_round_the_loss():
+    model = trainable("mixtral")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        balancer = LoadBalancer("switch", 1.0).attach(model)
+        model(torch.stack([row["input_ids"] for row in rows()]))
+    assert {value.dtype for value in balancer.values().values()} == {torch.float32}
+
+
+def test_only_the_router_is_reached():
+    for grad_to, reaches in (("all", True), ("router", False)):
+        model = trainable("mixtral")
+        (gradient,) = gradient_added(model, grad_to=grad_to)
+        others = [p.grad for name, p in model.named_parameters() if "gate.weight" not in name and p.grad is not None]
+        assert any(gradient.any() for gradient in others) == reaches
+        if grad_to == "all":
+            # No gradient of a later layer comes to the last router's own weight in either case.
+            last = gradient[-1]
+    assert_close(gradient[-1], last)
+
+
+@pytest.mark.parametrize("grad_to", ["all", "router"])
+def test_frozen_routers_bend_nothing(grad_to):
+    model = get_peft_model(small_moe("mixtral"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    balancer = LoadBalancer("switch", 1.0, grad_to).attach(model.train())
+    (model(torch.stack([row["input_ids"] for row in rows()])).logits.sum() * 0).backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert not balancer.values()
+
+
+@pytest.mark.parametrize("adapter", [{"target_parameters": ["mlp.gate.weight"]}, {"modules_to_save": ["mlp.gate"]}])
+def test_adapters_of_routers_are_trained(adapter):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **adapter, init_lora_weights=False)
+    model = get_peft_model(small_moe("mixtral"), config)
+    LoadBalancer("switch", 1.0).attach(model.train())
+    (model(torch.stack([row["input_ids"] for row in rows()])).logits.sum() * 0).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_nothing_in_evaluation_or_without_gradients():
+    model = trainable("mixtral")
+    balancer = LoadBalancer("global_batch", 1.0).attach(model)
+    input_ids = torch.stack([row["input_ids"] for row in rows()])
+    with torch.no_grad():
+        model(input_ids)
+    model.eval()
+    (model(input_ids).logits.sum() * 0).backward()
+    assert not any(router.module.weight.grad.any() for router in find_routers(model).values())
+    balancer.step()
+    assert balancer.state_dict()["window"] == {}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_two_passes_before_one_backward_pass(use_reentrant):
+    """Recomputation takes the padding of its own pass."""
+    one, two = rows(2), rows(4)[2:]
+    model = trainable("mixtral")
+    single = [expected_gradient("switch", "mixtral", part)[0] for part in (one, two)]
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    LoadBalancer("switch", 1.0).attach(model)
+    loss = 0
+    for part in (one, two):
+        batch = {key: torch.stack([row[key] for row in part]) for key in ("input_ids", "attention_mask")}
+        loss = loss + model(**batch).logits.sum() * 0
+    loss.backward()
+    found = torch.stack([router.module.weight.grad for router in find_routers(model).values()])
+    assert_close(found, sum(single), 2e-6)
+
+
+def test_warm_up_and_decay():
+    balancer, model = LoadBalancer("switch", 1.0, warmup_steps=4, decay_steps=10), trainable("mixtral")
+    schedule = []
+    for _ in range(16):
+        schedule.append(balancer.schedule)
+        balancer.attach(model)
+        balancer.step()
+        balancer.detach()
+    assert schedule == pytest.approx([0, 0.25, 0.5, 0.75, *(1 - step / 10 for step in range(10)), 0, 0])
+
+
+def test_the_adaptive_coefficient_follows_the_overflow():
+    """Skywork-MoE's equations 7 to 9 by hand."""
+    model = trainable("mixtral")
+    balancer = LoadBalancer("switch", 0.01, adaptive=True).attach(model)
+    router = next(iter(find_routers(model)))
+    expected = 0.01
+    for _ in range(3):
+        counted = []
+        handle = model.get_submodule(router).register_forward_hook(lambda m, a, o, c=counted: c.append(o[2]))
+        model(torch.stack([row["input_ids"] for row in rows()]))
+        handle.remove()
+        shares = torch.bincount(counted[0].flatten(), minlength=4) / counted[0].numel()
+        overflow = sum(max(0.0, float(share) - 0.25) for share in shares)
+        balancer.step()
+        expected = 0.99 * expected + 0.01 * min(0.2 * overflow, 0.01)
+        assert balancer.state_dict()["coefs"][router] == pytest.approx(expected, rel=1e-5)
+
+
+class ReluRouter(MoeRouter):
+    """ReMoE's router: up to E experts, those with a positive logit."""
+
+    def __init__(self):
+        super().__init__(transformers.MixtralConfig(hidden_size=16, num_experts_per_tok=2), num_experts=8)
+        self.weight = nn.Parameter(torch.randn(8, 16) * 0.3)
+
+    def forward(self, hidden_states):
+        logits = hidden_states @ self.weight.T
+        weights, index = logits.relu().sort(-1, descending=True)
+        return logits, weights, index.masked_fill(weights == 0, len(self.weight))
+
+
+def test_sparsity_comes_to_its_target():
+    """ReMoE's controller: from half of the experts to a quarter of them, within 2 %."""
+    torch.manual_seed(0)
+    inputs = torch.cat([torch.randn(512, 15), torch.ones(512, 1)], dim=1)  # the last one makes a bias
+    model = router_model(ReluRouter())
+    balancer = LoadBalancer("sparsity", 1e-4, score="relu").attach(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    sparsity = []
+    for _ in range(400):
+        logits, weights, _ = model(inputs_embeds=inputs[None])
+        loss = -(weights.clamp(max=1).mean())  # which wants more experts
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancer.step()
+        sparsity.append(float((logits <= 0).float().mean()))
+    assert sparsity[0] < 0.6
+    assert sum(sparsity[-50:]) / 50 == pytest.approx(1 - 2 / 8, abs=0.02)
+
+
+def router_model(router: nn.Module) -> transformers.PreTrainedModel:
+    """A model that is a router alone."""
+
+    class RouterModel(transformers.PreTrainedModel):
+        config_class = transformers.MixtralConfig
+        _can_record_outputs = {
+            "router_logits": transformers.utils.output_capturing.OutputRecorder(type(router), index=0)
+        }
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.gate = router
+
+        def forward(self, inputs_embeds):
+            return self.gate(inputs_embeds.flatten(0, 1))
+
+    return RouterModel(transformers.MixtralConfig(num_experts_per_tok=2)).train()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "gshard"}, "kind is 'gshard'. Choose from 'switch', 'global_batch'"),
+        ({"coef": -1.0}, "coef is -1.0. Choose 0 or more"),
+        ({"coef": float("nan")}, "coef is nan"),
+        ({"grad_to": "experts"}, "grad_to is 'experts'. Choose from 'all', 'router'"),
+        ({"kind": "device"}, "num_devices is None with kind='device'"),
+        ({"num_devices": 2}, "num_devices is 2 with kind='switch'"),
+        ({"kind": "z", "adaptive": True}, "adaptive is for losses that balance"),
+        ({"score": "tanh"}, "score is 'tanh'"),
+    ],
+)
+def test_values_that_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        LoadBalancer(**values)
+
+
+def test_models_that_are_refused():
+    with pytest.raises(ValueError, match="Linear declares no router"):
+        LoadBalancer().attach(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="attached to no model"):
+        LoadBalancer().step()
+    model = trainable("mixtral")
+    LoadBalancer("device", num_devices=3).attach(model)
+    with pytest.raises(ValueError, match="4 experts cannot be divided into num_devices=3"):
+        model(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_a_router_that_does_not_reach_the_loss_is_said(caplog):
+    model = trainable("mixtral")
+    balancer = LoadBalancer("switch").attach(model)
+    model(torch.ones(1, 3, dtype=torch.long))
+    with caplog.at_level("WARNING"):
+        balancer.step()
+    assert "was added to no backward pass" in caplog.text
+
+
+def test_scores_are_found_out():
+    for kind, score in (
+        ("mixtral", "softmax"),
+        ("gpt_oss", "softmax"),
+        ("deepseek_v3", "sigmoid"),
+        ("nemotron_h", "sigmoid"),
+    ):
+        model, found = small_moe(kind), []
+        routers = find_routers(model)
+        for router in routers.values():
+            router.module.register_forward_hook(lambda m, a, output, r=router, f=found: f.append(r.find_score(output)))
+        model(torch.ones(1, 9, dtype=torch.long).cumsum(1) + 3)
+        assert set(found) == {score}
+    router = find_routers(moe_model("llama"))["model.layers.0.mlp.gate"]
+    zero = (torch.zeros(3, 4), torch.full((3, 2), 0.5), torch.tensor([[0, 1]] * 3))
+    assert router.find_score(zero) == "softmax"
+    assert router.find_score(zero, "sigmoid") == "sigmoid"
+    odd = (torch.randn(3, 4), torch.tensor([[0.999, 0.001]] * 3), torch.tensor([[0, 1], [3, 1], [1, 2]]))
+    with pytest.raises(ValueError, match="are in proportion to none of softmax"):
+        router.find_score(odd)
+
+
+def test_state_goes_on():
+    model = trainable("mixtral")
+    balancer = LoadBalancer("global_batch", adaptive=True).attach(model)
+    model(torch.stack([row["input_ids"] for row in rows()]))
+    balancer.step()
+    state = balancer.state_dict()
+    other = LoadBalancer("global_batch", adaptive=True)
+    other.load_state_dict(copy.deepcopy(state))
+    assert other.state_dict() == state
+    assert state["num_steps"] == 1
