@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`RouterReplay`: the experts that one forward pass chose, chosen again in another."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .attach import Attachment, MoeCallback
+from .routers import Router, find_routers
+
+
+SELECTIONS = {torch.topk, torch.Tensor.topk, torch.sort, torch.Tensor.sort}
+LARGEST = {torch.argmax, torch.Tensor.argmax, torch.max, torch.Tensor.max}
+
+
+class RouterReplay:
+    """
+    Records which experts the routers choose, and lets them choose the same again.
+
+    What is replayed is the choice alone: routing weights are computed from the logits at hand, and have their gradient. Two
+    uses: between a rollout and the training on it, which would otherwise choose other experts for some tokens
+    (https://huggingface.co/papers/2510.11370), and in the second pass of gradient checkpointing, where the smallest
+    difference can change a choice that was nearly a tie, and with it the shapes of tensors.
+
+    Works for routers that choose with `topk`, `sort`, `argmax` or `max`, also limited to groups or with a bias.
+
+    Args:
+        model (`torch.nn.Module`): The model, or a module around it.
+
+    Raises:
+        ValueError: if the model declares no router.
+
+    Example:
+
+    ```python
+    >>> replay = RouterReplay(model)
+    >>> with replay.record() as choices, torch.no_grad():
+    ...     model(**batch)
+    >>> with replay.replay(choices):
+    ...     model(**batch).loss.backward()
+    ```
+    """
+
+    def __init__(self, model: nn.Module):
+        self.routers = find_routers(model)
+        self._num_selections: dict[str, int] = {}
+
+    @contextmanager
+    def record(self) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        Record one forward pass.
+
+        Yields:
+            `dict[str, torch.Tensor]`: after the pass, by the name of the router `(T, K)` chosen experts.
+        """
+        choices: dict[str, torch.Tensor] = {}
+
+        def before(name: str, router: Router, args: tuple, kwargs: dict) -> "_Selections":
+            return _Selections()
+
+        def after(name: str, selections: "_Selections", output: Any) -> None:
+            if name in choices:
+                raise ValueError(f"{name} ran a second time in `record`, which is for one forward pass of the model.")
+            choices[name] = selections.last(name)
+
+        with self._around_routers(before, after):
+            yield choices
+
+    @contextmanager
+    def replay(self, choices: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """
+        Let the routers choose what is given, in every forward pass inside.
+
+        Args:
+            choices (`Mapping[str, torch.Tensor]`): By the name of the router the experts of each token, `(T, K)` or `(B, S, K)`, with
+                -1 where the router is free. Routers that are not named are free.
+
+        Raises:
+            ValueError: if there is no such router, or the tokens are not as many as given.
+        """
+        if unknown := [name for name in choices if name not in self.routers]:
+            raise ValueError(f"There is no router {unknown[0]!r}. The model has {', '.join(self.routers)}.")
+        given = {name: index.flatten(0, -2) for name, index in choices.items()}
+
+        def before(name: str, router: Router, args: tuple, kwargs: dict) -> "_Selections":
+            if name not in given:
+                return _Selections()
+            if name not in self._num_selections:
+                with torch.no_grad(), _Selections() as live:
+                    router.module.forward(*args, **kwargs)
+                self._num_selections[name] = len(live.found)
+            return _Selections(given[name], self._num_selections[name], name)
+
+        with self._around_routers(before, lambda name, selections, output: None):
+            yield
+
+    @contextmanager
+    def in_recomputation(self) -> Iterator["RouterReplay"]:
+        """
+        Let the second pass of gradient checkpointing choose what the first chose. Call [`~RouterReplay.forget`] after every
+        optimizer step.
+        """
+        self._first_passes: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+        def before(name: str, router: Router, args: tuple, kwargs: dict) -> "_Selections":
+            is_recomputation = torch._C._current_graph_task_id() != -1
+            if is_recomputation and self._first_passes[name]:
+                # Backward passes run the other way round, the last forward pass first.
+                return _Selections(self._first_passes[name].pop(), self._num_selections[name], name)
+            return _Selections(keep=router.module.training and not is_recomputation)
+
+        def after(name: str, selections: "_Selections", output: Any) -> None:
+            if selections.keep:
+                self._first_passes[name].append(selections.last(name))
+                self._num_selections[name] = len(selections.found)
+
+        with self._around_routers(before, after):
+            yield self
+
+    def forget(self) -> None:
+        """Forget the first passes that had no second one."""
+        self._first_passes.clear()
+
+    @contextmanager
+    def _around_routers(self, before: Callable, after: Callable) -> Iterator[None]:
+        running: dict[str, _Selections] = {}
+        handles = []
+
+        def hooks_of(name: str, router: Router) -> tuple[Callable, Callable]:
+            def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                running[name] = before(name, router, args, kwargs)
+                running[name].__enter__()
+
+            def leave(module: nn.Module, args: tuple, output: Any) -> None:
+                selections = running.pop(name, None)
+                if selections is not None:
+                    selections.__exit__(None, None, None)
+                    if output is not None:
+                        after(name, selections, output)
+
+            return enter, leave
+
+        for name, router in self.routers.items():
+            enter, leave = hooks_of(name, router)
+            handles.append(router.module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(router.module.register_forward_hook(leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class RouterReplayCallback(MoeCallback):
+    """
+    [`RouterReplay.in_recomputation`] for [`~transformers.Trainer`]: gradient checkpointing that cannot choose other experts in its
+    second pass.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._context: Any = None
+
+    def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        self._context = RouterReplay(model).in_recomputation()
+        self._replay = self._context.__enter__()
+
+    def end(self) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+            self._context = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._replay.forget()
+
+
+class _Selections(TorchFunctionMode):
+    """
+    Sees what a router selects with `topk` and the like, and puts given experts in the place of its last selection: those
+    before it select groups.
+    """
+
+    def __init__(self, given_TK: torch.Tensor | None = None, number: int = 0, name: str = "", keep: bool = False):
+        super().__init__()
+        self.given_TK, self.number, self.name, self.keep = given_TK, number, name, keep
+        self.found: list[torch.Tensor] = []
+
+    def last(self, name: str) -> torch.Tensor:
+        """`(T, K)`: the last selection."""
+        if not self.found:
+            raise ValueError(
+                f"{name} chooses its experts without `topk`, `sort`, `argmax` or `max`, so that it cannot be replayed."
+            )
+        index = self.found[-1]
+        return index.reshape(-1, index.shape[-1] if index.dim() > 1 else 1)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        is_selection = func in SELECTIONS or (func in LARGEST and (len(args) > 1 or "dim" in kwargs))
+        if not is_selection:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            result = func(*args, **kwargs)
+        index = result if isinstance(result, torch.Tensor) else result.indices
+        self.found.append(index)
+        if self.given_TK is not None and len(self.found) == self.number:
+            index = self._given_for(index)
+        if isinstance(result, torch.Tensor):
+            return index
+        # In every pass alike, since checkpointing compares what the two save for the backward pass.
+        scores = args[0] if args else kwargs["input"]
+        has_dim = index.dim() == scores.dim()
+        values = scores.gather(-1, index if has_dim else index[..., None])
+        return type(result)((values if has_dim else values[..., 0], index))
+
+    def _given_for(self, index: torch.Tensor) -> torch.Tensor:
+        given_TK = cast(torch.Tensor, self.given_TK)
+        if given_TK.numel() != index.numel():
+            raise ValueError(
+                f"The choices given for {self.name} are {tuple(given_TK.shape)}, and it chooses {tuple(index.shape)}: tokens and "
+                "experts per token have to be the same."
+            )
+        given = given_TK.to(index.device, index.dtype).reshape(index.shape)
+        return torch.where(given >= 0, given, index)
