@@ -56,6 +56,7 @@ _LAZY = {
     "RoutingStatistics": "training.statistics",
     "add_moe_callbacks": "training.attach",
     "load_router_bias": "training.bias_balancing",
+    "set_zero3_leaf_modules": "training.zero3",
 }
 
 __all__ = ["__version__", *_MODEL_CLASSES, *_LAZY]

@@ -9,11 +9,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .gradient_injection import Factor, loss_scale_of
 from .router_hooks import RouterHooks
+from .zero3 import set_zero3_leaf_modules
 
 
 logger = logging.get_logger(__name__)
@@ -154,6 +156,8 @@ def add_moe_callbacks(trainer: Trainer, *callbacks: MoeCallback) -> None:
             )
     attachment = Attachment(trainer)
     attachment.hooks(trainer.model)
+    if is_deepspeed_zero3_enabled():
+        set_zero3_leaf_modules(trainer.model)
     _ATTACHMENTS[id(trainer.model)] = attachment
     # Not with `add_callback`, which warns of two of a class.
     trainer.callback_handler.callbacks.extend(callbacks)

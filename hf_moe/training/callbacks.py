@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -142,7 +143,8 @@ class RouterFreezeCallback(MoeCallback):
         only_routers_until (`int`, *optional*, defaults to 0): Before this step only the routers train, as a start for new ones.
 
     Raises:
-        ValueError: if the steps contradict each other.
+        ValueError: if the steps contradict each other; when training begins, with DeepSpeed, with DDP without
+            `ddp_find_unused_parameters=True`, or if the routers are frozen already.
     """
 
     def __init__(self, freeze_from: int = 0, freeze_until: int | None = None, only_routers_until: int = 0):
@@ -157,6 +159,16 @@ class RouterFreezeCallback(MoeCallback):
         self.freeze_from, self.freeze_until, self.only_routers_until = freeze_from, freeze_until, only_routers_until
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
+        wrapped = attachment.trainer.model_wrapped
+        if isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
+            raise ValueError(
+                "DDP waits for the gradients of parameters that a RouterFreezeCallback freezes. Set `ddp_find_unused_parameters=True` in "
+                "TrainingArguments."
+            )
+        if attachment.trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed does not let parameters be frozen in a training. Freeze them before: `requires_grad_(False)`."
+            )
         in_routers = parameters_around(model, attachment.hooks(model).routers)
         self._routers = [of for group in in_routers.values() for of in group if of.requires_grad]
         if not self._routers:

@@ -21,6 +21,7 @@ class RoutingRecorder:
 
     Args:
         model (`torch.nn.Module`): The model, or a module around it.
+        coactivation (`bool`, *optional*, defaults to `False`): Whether to count which experts are chosen together too.
 
     Raises:
         ValueError: if the model declares no router.
@@ -34,7 +35,8 @@ class RoutingRecorder:
     ```
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, coactivation: bool = False):
+        self.keeps_coactivation = coactivation
         self._hooks = RouterHooks(model)
         self.routers = self._hooks.routers
         self._is_recording = False
@@ -55,6 +57,7 @@ class RoutingRecorder:
         """Forget what was counted."""
         # Per router `(num_experts + 1,)`: the counts, and behind them the number of tokens.
         self._counts: dict[str, torch.Tensor] = {}
+        self._together: dict[str, torch.Tensor] = {}
 
     def statistics(self, reduce_over_ranks: bool = False) -> RoutingStatistics:
         """
@@ -77,6 +80,20 @@ class RoutingRecorder:
             layers[name] = LayerRouting(torch.tensor(counts, dtype=torch.int64), num_tokens)
         return RoutingStatistics({name: layers[name] for name in self.routers if name in layers})
 
+    def coactivation(self) -> dict[str, torch.Tensor]:
+        """
+        For how many tokens of this process two experts were both chosen, `(E, E)` by router, with the experts' own counts on the
+        diagonal.
+
+        Raises:
+            ValueError: if that was not asked for, or no router has run yet.
+        """
+        if not self._together:
+            raise ValueError(
+                "Nothing was counted: make it a RoutingRecorder(model, coactivation=True), and call the model inside."
+            )
+        return {name: together_EE.cpu() for name, together_EE in self._together.items()}
+
     def _reduce_over_ranks(self) -> None:
         """Replace the counts by their sums over all ranks; a rank on which a router did not run takes part as well."""
         everywhere: list[dict[str, list[int]]] = [{} for _ in range(torch.distributed.get_world_size())]
@@ -94,3 +111,10 @@ class RoutingRecorder:
             return
         counts_and_tokens = torch.cat([call.counts_E, call.num_tokens.reshape(1)]).long()
         self._counts[call.name] = self._counts.get(call.name, 0) + counts_and_tokens
+        if self.keeps_coactivation:
+            index_TK, num_experts = call.top_k_index_TK, call.logits_TE.shape[-1]
+            is_chosen_TE = torch.zeros(len(index_TK), num_experts + 1, device=index_TK.device).scatter_(
+                -1, index_TK, 1.0
+            )
+            is_chosen_TE = is_chosen_TE[:, :-1] if call.mask_T is None else is_chosen_TE[:, :-1] * call.mask_T[:, None]
+            self._together[call.name] = self._together.get(call.name, 0) + (is_chosen_TE.T @ is_chosen_TE).long()

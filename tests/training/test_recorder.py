@@ -11,6 +11,7 @@ import transformers
 from conftest import TINY, moe_model, randomize
 
 from hf_moe import RoutingRecorder
+from hf_moe.training.routers import find_routers
 
 
 def native(name: str) -> transformers.PreTrainedModel:
@@ -130,6 +131,26 @@ def test_checkpointing_is_not_counted_twice(batch, use_reentrant):
         model(**batch).loss.backward()
     for layer, counts in zip(recorder.statistics().layers.values(), counts_by_hand(model.eval(), batch), strict=True):
         assert layer.counts.tolist() == counts.tolist()
+
+
+def test_coactivation(batch):
+    model = native("DeepseekV3")
+    chosen = []
+    for router in find_routers(model).values():
+        router.module.register_forward_hook(lambda m, a, output: chosen.append(output[2]))
+    with RoutingRecorder(model, coactivation=True) as recorder, torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    mask = batch["attention_mask"].bool().flatten()
+    for (name, together), index in zip(recorder.coactivation().items(), chosen, strict=True):
+        expected = torch.zeros(8, 8, dtype=torch.long)
+        for pair in index[mask].tolist():
+            for one in pair:
+                for other in pair:
+                    expected[one, other] += 1
+        assert torch.equal(together, expected)
+        assert torch.equal(together.diagonal(), recorder.statistics()[name].counts)
+    with pytest.raises(ValueError, match="coactivation=True"):
+        RoutingRecorder(model).coactivation()
 
 
 def test_inside_peft(batch):
