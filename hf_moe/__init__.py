@@ -56,6 +56,7 @@ _LAZY = {
     "RoutingStatistics": "training.statistics",
     "add_moe_callbacks": "training.attach",
     "load_router_bias": "training.bias_balancing",
+    "routing_page": "token_page",
     "set_zero3_leaf_modules": "training.zero3",
 }
 

@@ -196,12 +196,15 @@ def cast(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformer
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Give every parameter a value that matters."""
+    """Give every parameter, and the biases that routers choose with, a value that matters."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         is_scale = name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name)
         parameter.copy_(1 + 0.2 * noise if is_scale else 0.15 * noise)
+    for name, buffer in sorted(model.named_buffers()):
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator))
 
 
 def moe_config(family: str, **values) -> transformers.PreTrainedConfig:

@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "adapters": {"models", "training"},
     "hub": {"training"},
     "plots": {"training"},
+    "token_page": {"training"},
     "registration": {"models"},
     "version": set(),
-    "cli": {"adapters", "upcycling", "editing", "training", "hub", "plots", "models"},
+    "cli": {"adapters", "upcycling", "editing", "training", "hub", "plots", "token_page", "models"},
     "__init__": {"registration", "version"},
 }
 

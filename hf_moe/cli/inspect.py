@@ -18,6 +18,13 @@ def inspect(
     model: Annotated[str, typer.Argument(help="Mixture of experts: a folder or a Hub id.")],
     text: Annotated[list[Path], typer.Option(help="Text file to run through the model; can be given several times.")],
     plot: Annotated[Path | None, typer.Option(help="PNG to draw: heat map layer x expert with entropy.")] = None,
+    plot_domains: Annotated[
+        Path | None, typer.Option(help="PNG to draw: which experts serve which text, if there are several.")
+    ] = None,
+    plot_pairs: Annotated[Path | None, typer.Option(help="PNG to draw: which experts are chosen together.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="HTML page to write: the first sequence, coloured by expert, layer by layer.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the full statistics.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all.")] = 8192,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
@@ -30,34 +37,63 @@ def inspect(
     from huggingface_hub.utils import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..plots import plot_load
+    from ..plots import plot_coactivation, plot_load, plot_specialization
     from ..training.recorder import RoutingRecorder
+    from ..training.statistics import RoutingStatistics
 
     _check_paths(model, text)
-    for path in (plot, output):
+    if plot_domains is not None and len(text) < 2:
+        raise ValueError("--plot-domains compares texts. Give --text at least twice.")
+    for path in (plot, plot_domains, plot_pairs, html, output):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    sequences = _sequences(tokenizer, text, max_tokens, length)
+    sequences = [
+        (path, sequence) for path in text for sequence in _sequences(tokenizer, path, max_tokens // len(text), length)
+    ]
     network = AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=trust_remote_code, dtype="auto", device_map="auto"
     )
-    with RoutingRecorder(network) as recorder, torch.no_grad():
-        for sequence in tqdm(sequences, desc="Routing", unit=" sequences", disable=True if out.is_quiet() else None):
+    recorders = {path: RoutingRecorder(network, coactivation=plot_pairs is not None) for path in text}
+    quiet = True if out.is_quiet() else None
+    for path, sequence in tqdm(sequences, desc="Routing", unit=" sequences", disable=quiet):
+        with recorders[path], torch.no_grad():
             network(sequence.to(network.device), logits_to_keep=1)
-    statistics = recorder.statistics()
+    by_text = {path: recorder.statistics() for path, recorder in recorders.items()}
+    statistics = RoutingStatistics.sum(by_text.values())
     if out.mode == "json":
         out.dict(statistics.to_dict())
     else:
         out.table([_row(name, layer) for name, layer in statistics.layers.items()])
     mean = "  ".join(f"{name} {value:.3f}" for name, value in statistics.summary().items())
-    out.log(f"{sum(sequence.numel() for sequence in sequences):,} tokens; mean over layers: {mean}")
+    out.log(f"{sum(sequence.numel() for _, sequence in sequences):,} tokens; mean over layers: {mean}")
+    title = f"{Path(model).name}: {', '.join(path.name for path in text)}"
     if output is not None:
         statistics.save(output)
-        out.log(f"Wrote {output}")
     if plot is not None:
-        plot_load(statistics, plot, title=f"{Path(model).name}: {', '.join(path.name for path in text)}")
-        out.log(f"Wrote {plot}")
+        plot_load(statistics, plot, title)
+    if plot_domains is not None:
+        plot_specialization({path.stem: of_text for path, of_text in by_text.items()}, plot_domains, Path(model).name)
+    if plot_pairs is not None:
+        pairs = [recorder.coactivation() for recorder in recorders.values()]
+        plot_coactivation({name: sum(of[name] for of in pairs).numpy() for name in pairs[0]}, plot_pairs, title)
+    if html is not None:
+        _write_page(network, tokenizer, sequences[0][1], statistics, html, title)
+    for path in (output, plot, plot_domains, plot_pairs, html):
+        if path is not None:
+            out.log(f"Wrote {path}")
+
+
+def _write_page(network, tokenizer, sequence: "torch.Tensor", statistics, path: Path, title: str) -> None:
+    import torch
+
+    from ..token_page import routing_page
+    from ..training.router_replay import RouterReplay
+
+    with RouterReplay(network).record() as choices, torch.no_grad():
+        network(sequence.to(network.device), logits_to_keep=1)
+    num_experts = max(len(layer.counts) for layer in statistics.layers.values())
+    routing_page(tokenizer.batch_decode(sequence[0][:, None]), choices, num_experts, path, title)
 
 
 def _check_paths(model: str, texts: list[Path]) -> None:
@@ -88,14 +124,12 @@ def _row(name: str, layer: "LayerRouting") -> dict[str, str | int]:
     return row | {"least": f"{min(load):.4f}", "most": f"{max(load):.4f}"}
 
 
-def _sequences(tokenizer, paths: list[Path], max_tokens: int, length: int) -> "list[torch.Tensor]":
-    """`(1, S)` token ids of at most `length`, from every file an equal share of `max_tokens`."""
+def _sequences(tokenizer, path: Path, max_tokens: int, length: int) -> "list[torch.Tensor]":
+    """`(1, S)` token ids of at most `length`."""
     import torch
 
-    sequences = []
-    for path in paths:
-        ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
-        sequences += torch.split(ids[:, : max_tokens // len(paths)], length, dim=1)
-    if not any(sequence.numel() for sequence in sequences):
-        raise ValueError(f"There is no text in {', '.join(map(str, paths))}.")
-    return [sequence for sequence in sequences if sequence.numel()]
+    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
+    sequences = [sequence for sequence in torch.split(ids[:, :max_tokens], length, dim=1) if sequence.numel()]
+    if not sequences:
+        raise ValueError(f"There is no text in {path}.")
+    return sequences

@@ -119,7 +119,9 @@ class MoeCheckpoint:
         if self.config.model_type in SOFTMAX_MODEL_TYPES:
             return "softmax_topk"
         first = next(iter(self.blocks.values()))
-        return getattr(self.config, "router_type", None) or type(self.model.get_submodule(first.router)).__name__
+        name = getattr(self.config, "router_type", None) or type(self.model.get_submodule(first.router)).__name__
+        # The bias is added to scores, which are smaller where there are more experts.
+        return f"{name} with use_expert_bias" if getattr(self.config, "use_expert_bias", False) else name
 
     @property
     def has_softmax_router(self) -> bool:

@@ -67,6 +67,9 @@ class MoeConfigMixin:
             Whether the weights of the chosen experts are divided by their sum.
         router_type (`str`, *optional*, defaults to `"softmax_topk"`):
             Name of the router, see `ROUTERS`.
+        use_expert_bias (`bool`, *optional*, defaults to `False`):
+            Whether the router chooses by the score plus a bias of each expert, `e_score_correction_bias`, which is no part of the
+            routing weights. It is a buffer that training leaves alone; `BiasBalancingCallback` moves it.
         router_jitter_noise (`float`, *optional*, defaults to 0.0):
             In training, the input of the sparse block is multiplied by uniform noise from `1 - router_jitter_noise` to
             `1 + router_jitter_noise`, as Mixtral does.
@@ -97,6 +100,7 @@ class MoeConfigMixin:
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
     router_type: str = "softmax_topk"
+    use_expert_bias: bool = False
     router_jitter_noise: float = 0.0
     router_aux_loss_coef: float = 0.001
     output_router_logits: bool = False

@@ -74,6 +74,8 @@ class MoeSparseBlock(nn.Module):
 class MoePreTrainedModelMixin:
     """Initialisation of the sparse block, and the experts interface, for the base class of a family."""
 
+    _keep_in_fp32_modules_strict = {"e_score_correction_bias"}
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers searches the file of the model class for the experts' decorator; ours stands in experts.py.
@@ -91,6 +93,8 @@ class MoePreTrainedModelMixin:
                     init.normal_(parameter, mean=0.0, std=std)
         elif isinstance(module, MoeRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
 
 
 class MoeModelMixin:

@@ -39,6 +39,9 @@ class MoeRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
+        # CODEPATH: DeepSeek-V3 has one, Mixtral and Qwen-MoE have none
+        bias = torch.zeros(num_experts, dtype=torch.float32) if config.use_expert_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
 
 
 class SoftmaxTopKRouter(MoeRouter):
@@ -48,12 +51,12 @@ class SoftmaxTopKRouter(MoeRouter):
     | | |
     |---|---|
     | score | `softmax(W x)` in float32 |
-    | selection | the K largest scores |
+    | selection | the K largest scores; with `use_expert_bias` of the scores plus a bias (https://huggingface.co/papers/2408.15664) |
     | weight | the score, divided by the sum of the K scores when `norm_topk_prob`; applied to the expert's output |
     | training differs | no (`router_jitter_noise` belongs to the block: it disturbs the experts' input too) |
     | capacity | none, no token is dropped |
     | balance loss | Switch's, minimum K |
-    | state buffers | none |
+    | state buffers | `e_score_correction_bias` with `use_expert_bias` |
     """
 
     def __init__(self, config, num_experts: int):
@@ -64,7 +67,11 @@ class SoftmaxTopKRouter(MoeRouter):
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits_TE = F.linear(hidden_states_TH, self.weight)
         scores_TE = F.softmax(router_logits_TE, dim=-1, dtype=torch.float32)
-        top_k_weights_TK, top_k_index_TK = torch.topk(scores_TE, self.top_k, dim=-1)
+        if self.e_score_correction_bias is None:
+            top_k_weights_TK, top_k_index_TK = torch.topk(scores_TE, self.top_k, dim=-1)
+        else:
+            top_k_index_TK = torch.topk(scores_TE + self.e_score_correction_bias, self.top_k, dim=-1).indices
+            top_k_weights_TK = scores_TE.gather(-1, top_k_index_TK)
         if self.norm_topk_prob:
             top_k_weights_TK = top_k_weights_TK / top_k_weights_TK.sum(dim=-1, keepdim=True)
         return router_logits_TE, top_k_weights_TK, top_k_index_TK

@@ -117,7 +117,8 @@ def selection_biases(model: nn.Module) -> dict[str, torch.Tensor]:
         kinds = ", ".join(sorted({type(router.module).__name__ for router in routers.values()}))
         raise ValueError(
             f"The routers of {type(model).__name__} ({kinds}) have no bias to choose experts with, as DeepSeek-V3's have in "
-            "`e_score_correction_bias`. Balance them with a LoadBalancingCallback."
+            "`e_score_correction_bias`. Load one of hf_moe's classes with `use_expert_bias=True`, or balance with a "
+            "LoadBalancingCallback."
         )
     return found
 

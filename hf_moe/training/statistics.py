@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,18 @@ class RoutingStatistics:
 
     def __getitem__(self, name: str) -> LayerRouting:
         return self.layers[name]
+
+    @classmethod
+    def sum(cls, statistics: "Iterable[RoutingStatistics]") -> "RoutingStatistics":
+        """The statistics of several texts as those of one."""
+        first, *others = statistics
+        layers = dict(first.layers)
+        for other in others:
+            for name, layer in other.layers.items():
+                layers[name] = LayerRouting(
+                    layers[name].counts + layer.counts, layers[name].num_tokens + layer.num_tokens
+                )
+        return cls(layers)
 
     def summary(self) -> dict[str, float]:
         """Means over layers, and the share of dead experts over all layers."""

@@ -57,6 +57,17 @@ def test_a_sigmoid_router_with_a_selection_bias_is_measured(tmp_path):
     assert bias.abs().max() > 0
 
 
+def test_a_selection_bias_of_our_class_is_duplicated_too(tmp_path):
+    source = save_moe(tmp_path / "moe", "moe_llama", use_expert_bias=True)
+    report = expand_experts(source, tmp_path / "more", progress=False)
+    assert not report.exact  # it is added to scores that are half as large now
+    provenance = json.loads((tmp_path / "more" / "hf_moe.json").read_text())
+    assert "softmax_topk with use_expert_bias" in provenance["inexact_because"]
+    bias = load(tmp_path / "more").model.layers[2].mlp.gate.e_score_correction_bias
+    assert torch.equal(bias[:4], bias[4:])
+    assert bias.abs().max() > 0
+
+
 @pytest.mark.parametrize("original", [True, False])
 def test_names_on_disk_stay(original, tmp_path):
     source = save_moe(tmp_path / "moe", "mixtral", save_original_format=original, max_shard_size="30KB")

@@ -36,8 +36,8 @@ def without_expert_two(gate: torch.nn.Module):
     smaller.__dict__.update({name: value for name, value in vars(gate).items() if not name.startswith("_")})
     left = torch.tensor([0, 1, 3])
     smaller.weight = torch.nn.Parameter(gate.weight[left])
-    for name, buffer in gate.named_buffers():
-        smaller.register_buffer(name, buffer[left])
+    for name, buffer in gate._buffers.items():
+        smaller.register_buffer(name, None if buffer is None else buffer[left])
     for name in ("num_experts", "n_routed_experts"):
         if hasattr(smaller, name):
             setattr(smaller, name, 3)

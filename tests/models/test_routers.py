@@ -3,7 +3,8 @@
 
 import pytest
 import torch
-from conftest import moe_config
+import transformers
+from conftest import moe_config, moe_model
 
 from hf_moe.models.routers import ROUTERS, MoeRouter
 
@@ -44,3 +45,40 @@ def test_all_experts_chosen_is_the_soft_mixture():
     hidden_states = torch.randn(6, 32)
     logits, weights, index = router(hidden_states)
     torch.testing.assert_close(weights, logits.softmax(-1).gather(1, index))
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    """Beside DeepSeek-V3's way to choose, with softmax for sigmoid and no groups."""
+    config = moe_config("llama", use_expert_bias=True, norm_topk_prob=False)
+    router = ROUTERS["softmax_topk"](config, 4)
+    torch.nn.init.normal_(router.weight)
+    hidden_states = torch.randn(50, 32)
+    router.e_score_correction_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1]))
+    logits, weights, index = router(hidden_states)
+    scores = logits.softmax(-1)
+    for token in range(50):
+        expected = sorted(
+            range(4), key=lambda expert: -(scores[token, expert] + router.e_score_correction_bias[expert])
+        )[:2]
+        assert index[token].tolist() == expected
+        torch.testing.assert_close(weights[token], scores[token, expected])
+
+
+def test_a_bias_of_zero_changes_nothing_and_is_saved_in_float32(tmp_path, batch):
+    plain = moe_model("llama")
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", use_expert_bias=True, dtype=torch.bfloat16
+    )
+    gates = [module for module in loaded.modules() if isinstance(module, MoeRouter)]
+    assert {gate.e_score_correction_bias.dtype for gate in gates} == {torch.float32}
+    assert not any(gate.e_score_correction_bias.any() for gate in gates)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
+    assert torch.equal(loaded(**batch).logits, expected(**batch).logits)
+    gates[0].e_score_correction_bias.fill_(0.123)
+    loaded.save_pretrained(tmp_path / "biased")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "biased", dtype=torch.bfloat16)
+    assert torch.equal(
+        next(m for m in again.modules() if isinstance(m, MoeRouter)).e_score_correction_bias,
+        gates[0].e_score_correction_bias,
+    )

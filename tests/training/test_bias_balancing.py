@@ -17,9 +17,9 @@ def stream(number: int, rows: int = 8) -> list[torch.Tensor]:
     return [1 + torch.randn(rows, 32, 32, generator=generator) for _ in range(number)]
 
 
-def skewed(kind: str) -> transformers.PreTrainedModel:
+def skewed(kind: str, **values) -> transformers.PreTrainedModel:
     """A model whose routers prefer the first experts for what the stream has in common."""
-    model = small_moe(kind)
+    model = small_moe(kind, **values)
     with torch.no_grad():
         for router in find_routers(model).values():
             router.module.weight.add_(0.05 * torch.linspace(1, -1, len(router.module.weight))[:, None])
@@ -64,7 +64,7 @@ def test_small_changes_add_up_in_bfloat16():
     assert balancer.state_dict()[name] == pytest.approx(module.e_score_correction_bias.tolist(), abs=4e-3)
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "minimax_m2", "lfm2_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "moe_llama", "minimax_m2", "lfm2_moe", "ernie4_5_moe"])
 def test_biases_are_found_wherever_they_are(kind):
     """A buffer of the router, of its block, or a parameter of a module in the block."""
     fields = {
@@ -89,6 +89,8 @@ def test_biases_are_found_wherever_they_are(kind):
     }.get(kind, {})
     if kind == "deepseek_v3":
         model = small_moe(kind)
+    elif kind == "moe_llama":
+        model = small_moe(kind, num_hidden_layers=2, use_expert_bias=True)
     else:
         config = transformers.AutoConfig.for_model(kind, **fields)
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -101,8 +103,9 @@ def test_biases_are_found_wherever_they_are(kind):
     assert all((bias != before[name]).any() for name, bias in selection_biases(model).items())
 
 
-def test_the_bias_balances_a_skewed_stream():
-    model = skewed("deepseek_v3")
+@pytest.mark.parametrize(("kind", "values"), [("deepseek_v3", {}), ("moe_llama", {"use_expert_bias": True})])
+def test_the_bias_balances_a_skewed_stream(kind, values):
+    model = skewed(kind, **values)
     assert max_violation(model) > 0.5
     balancer = BiasBalancer(0.005).attach(model)
     for inputs_embeds in stream(200):

@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
-from conftest import assert_close, moe_model
+from conftest import assert_close, moe_config, moe_model
 from peft import LoraConfig, get_peft_model
 from router_gradients import KINDS, MODELS, SETTINGS, injected_gradients, native_gradient, rows, trainable
 from small_models import small_moe
@@ -287,7 +287,7 @@ class ReluRouter(MoeRouter):
     """ReMoE's router: up to E experts, those with a positive logit."""
 
     def __init__(self):
-        super().__init__(transformers.MixtralConfig(hidden_size=16, num_experts_per_tok=2), num_experts=8)
+        super().__init__(moe_config("llama", hidden_size=16), num_experts=8)
         self.weight = nn.Parameter(torch.randn(8, 16) * 0.3)
 
     def forward(self, hidden_states):
