@@ -130,7 +130,9 @@ def plot_specialization(
         axes.set_yticks(range(len(statistics)), list(statistics))
     for axes in all_axes[len(names) :]:
         axes.set_axis_off()
-    figure.colorbar(image, ax=all_axes.tolist(), label="share in domain / mean share", extend="max")
+    _label_outside(all_axes, len(names), columns)
+    label = "share in domain / mean share"
+    figure.colorbar(image, ax=all_axes.tolist(), label=label, extend="max", shrink=min(1, 2 / rows), anchor=(0, 1))
     return _finish(figure, path, title)
 
 
@@ -160,7 +162,7 @@ def plot_coactivation(
         together = np.asarray(together, dtype=float)
         alone = together.diagonal()
         expected = np.outer(alone, alone)
-        np.fill_diagonal(expected, 0)
+        np.fill_diagonal(expected, 0)  # an expert is never chosen twice
         pairs = together.sum() - alone.sum()
         ratio = np.divide(
             together * expected.sum(), expected * max(pairs, 1), where=expected > 0, out=np.full_like(together, np.nan)
@@ -169,7 +171,9 @@ def plot_coactivation(
         axes.set_title(f"layer {layer_number(name)}", fontsize=9)
     for axes in all_axes[len(coactivation) :]:
         axes.set_axis_off()
-    figure.colorbar(image, ax=all_axes.tolist(), label="together / if independent", extend="max")
+    _label_outside(all_axes, len(coactivation), columns)
+    label = "together / if independent"
+    figure.colorbar(image, ax=all_axes.tolist(), label=label, extend="max", shrink=min(1, 2 / rows), anchor=(0, 1))
     return _finish(figure, path, title)
 
 
@@ -189,7 +193,15 @@ def _heat_map(axes: Any, values: np.ndarray) -> Any:
     num_experts = values.shape[1]
     axes.set_xlabel("expert")
     axes.set_xticks(range(0, num_experts, max(1, num_experts // 16)))
+    axes.set_facecolor("0.85")  # where there is no value
     return axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+
+
+def _label_outside(all_axes: np.ndarray, number: int, columns: int) -> None:
+    """Leave "expert" to the lowest picture of each column."""
+    for place in range(number):
+        if place + columns < number:
+            all_axes[place].set_xlabel("")
 
 
 def _label_layers(axes: Any, names: list[str]) -> None:

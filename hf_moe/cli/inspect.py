@@ -78,7 +78,8 @@ def inspect(
         pairs = [recorder.coactivation() for recorder in recorders.values()]
         plot_coactivation({name: sum(of[name] for of in pairs).numpy() for name in pairs[0]}, plot_pairs, title)
     if html is not None:
-        _write_page(network, tokenizer, sequences[0][1], statistics, html, title)
+        first, sequence = sequences[0]
+        _write_page(network, tokenizer, sequence, statistics, html, f"{Path(model).name}: {first.name}")
     for path in (output, plot, plot_domains, plot_pairs, html):
         if path is not None:
             out.log(f"Wrote {path}")

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import dense_model, save_tokenizer
+from conftest import dense_model, moe_model, save_tokenizer
 
-from hf_moe import UpcycleConfig, plan_upcycle
+from hf_moe import RoutingStatistics, UpcycleConfig, plan_upcycle
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,31 @@ def test_errors_are_one_message_without_traceback(run_command, dense, arguments,
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_inspect_draws(run_command, tmp_path):
+    moe_model("llama").save_pretrained(tmp_path / "moe")
+    save_tokenizer(tmp_path / "moe")
+    texts = []
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text of some length" * 9)
+        texts += ["--text", tmp_path / f"{name}.txt"]
+    pictures = {
+        "--plot": "a.png",
+        "--plot-domains": "b.png",
+        "--plot-pairs": "c.png",
+        "--html": "d.html",
+        "--output": "e.json",
+    }
+    arguments = [value for option, name in pictures.items() for value in (option, tmp_path / "new" / name)]
+    run = run_command("inspect", tmp_path / "moe", *texts, *arguments, "--length", 50, "--json")
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(pictures.values())
+    # What was counted is the sum of both texts.
+    statistics = RoutingStatistics.from_dict(json.loads(run.stdout))
+    assert {layer.num_tokens for layer in statistics.layers.values()} == {9 * 2 * 23}
+    run = run_command("inspect", tmp_path / "moe", *texts[:2], "--plot-domains", tmp_path / "b.png")
+    assert "--plot-domains compares texts. Give --text at least twice." in run.stderr
 
 
 def test_inspect_refuses_what_it_cannot_show(run_command, dense, tmp_path):
