@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Two domains of real text that every Python environment has, code and licences, and the perplexity on them.
+Two domains of real text that every Python environment has, code and licences, and the perplexity on them; `add_domains` adds
+others (`fetch_texts.py` gets two).
 
 Code is the standard library (PSF-2.0); licences are those of the installed packages, without the paragraphs that they
 share. Documents go to training or validation by a hash of their text.
@@ -38,6 +39,15 @@ def licences() -> Iterator[str]:
 
 
 DOMAINS = {"code": code, "licences": licences}
+
+
+def add_domains(folder: Path) -> None:
+    """Make every folder in `folder` a domain whose documents are its text files."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            DOMAINS[path.name] = lambda path=path: (
+                text.read_text(encoding="utf-8") for text in sorted(path.glob("*.txt"))
+            )
 
 
 def documents(domain: str, split: str) -> list[str]:
