@@ -42,6 +42,7 @@ _LAZY = {
     "disable_grouped_lora": "adapters.grouped_lora",
     "enable_grouped_lora": "adapters.grouped_lora",
     "expert_lora_report": "adapters.report",
+    "metric_path": "metrics",
     "BiasBalancer": "training.bias_balancing",
     "BiasBalancingCallback": "training.callbacks",
     "LoadBalancer": "training.load_balancing",
@@ -53,6 +54,7 @@ _LAZY = {
     "RoutingStatistics": "training.statistics",
     "add_moe_callbacks": "training.attach",
     "load_router_bias": "training.bias_balancing",
+    "perplexity": "training.perplexity",
 }
 
 __all__ = ["__version__", *_MODEL_CLASSES, *_LAZY]
