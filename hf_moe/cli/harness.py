@@ -71,9 +71,9 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    harness_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    # Without a bootstrap: most standard errors have a closed form, the others take minutes.
+    # `backend`, because lm-eval does not look for registered classes.
+    harness_model = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     found = lm_eval.simple_evaluate(
-        model=harness_model, tasks=tasks, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=0
+        model=harness_model, tasks=tasks, task_manager=manager, limit=limit, log_samples=False
     )
     return found["results"]

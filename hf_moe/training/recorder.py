@@ -130,7 +130,7 @@ def _sorted_choices(call: RouterCall) -> torch.Tensor:
     """`(tokens, K)` chosen experts without padding, those with the largest logits first; -1 stands for none."""
     num_experts = call.logits_TE.shape[-1]
     logits_TE = F.pad(call.logits_TE.float(), (0, 1), value=-torch.inf)
-    order_TK = logits_TE.gather(-1, call.top_k_index_TK).argsort(-1, descending=True, stable=True)
+    order_TK = logits_TE.gather(-1, call.top_k_index_TK).argsort(dim=-1, descending=True, stable=True)
     index_TK = call.top_k_index_TK.gather(-1, order_TK).long()
     index_TK = index_TK.masked_fill(index_TK == num_experts, -1)
     return index_TK if call.mask_T is None else index_TK[call.mask_T.bool()]
