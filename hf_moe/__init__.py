@@ -42,6 +42,7 @@ _LAZY = {
     "disable_grouped_lora": "adapters.grouped_lora",
     "enable_grouped_lora": "adapters.grouped_lora",
     "expert_lora_report": "adapters.report",
+    "metric_path": "metrics",
     "BiasBalancer": "training.bias_balancing",
     "BiasBalancingCallback": "training.callbacks",
     "ExpertCollapseCallback": "training.expert_collapse",
@@ -58,6 +59,7 @@ _LAZY = {
     "load_router_bias": "training.bias_balancing",
     "routing_page": "token_page",
     "set_zero3_leaf_modules": "training.zero3",
+    "perplexity": "training.perplexity",
 }
 
 __all__ = ["__version__", *_MODEL_CLASSES, *_LAZY]

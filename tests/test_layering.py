@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "training": {"models", "plots"},
     "adapters": {"models", "training"},
     "hub": {"training"},
+    "metrics": {"training"},
     "plots": {"training"},
     "token_page": {"training"},
     "registration": {"models"},

@@ -102,6 +102,11 @@ def _check_paths(model: str, texts: list[Path]) -> None:
     for path in texts:
         if not path.is_file():
             raise ValueError(f"--text: there is no file {path}.")
+    check_folder(model)
+
+
+def check_folder(model: str) -> None:
+    """Refuse a path that is no folder, and a folder without a tokenizer."""
     folder = Path(model)
     if not folder.is_dir() and (folder.is_absolute() or model.count("/") > 1 or model.startswith(".")):
         raise ValueError(f"There is no folder {model}, and it is no id of a model on the Hub either.")

@@ -12,6 +12,7 @@ from .bench import bench
 from .bench_lora import lora
 from .doctor import doctor
 from .edit import collapse, expand, extract, insert, merge, prune
+from .evaluate import evaluate
 from .inspect import inspect
 from .upcycle import plan, upcycle
 
@@ -39,6 +40,14 @@ app.command(
     )
 )(upcycle)
 app.command(epilog=_epilog("hf-moe inspect ./moe --text essay.txt --plot load.png"))(inspect)
+app.command(
+    "eval",
+    epilog=_epilog(
+        "hf-moe eval ./moe --text code=code.txt --text legal=legal.txt",
+        "hf-moe eval ./moe --text code=code.txt --length 2048 --max-tokens 100000 --output report.json",
+        "hf-moe eval ./moe --tasks arc_easy,hellaswag --batch-size 16",
+    ),
+)(evaluate)
 app.command(
     epilog=_epilog("hf-moe expand ./moe ./moe-16 --factor 2", "hf-moe expand ./moe ./moe-16 --keep-top-k --noise 0.01")
 )(expand)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`RoutingRecorder`: counts which experts the routers of any MoE in transformers choose."""
+"""`RoutingRecorder`: counts which experts the routers of any MoE in transformers choose, and keeps the choices if asked."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .router_hooks import RouterCall, RouterHooks
@@ -22,6 +24,9 @@ class RoutingRecorder:
     Args:
         model (`torch.nn.Module`): The model, or a module around it.
         coactivation (`bool`, *optional*, defaults to `False`): Whether to count which experts are chosen together too.
+        keep_choices (`bool`, *optional*, defaults to `False`): Whether to keep which experts every token chose, for
+            [`~RoutingRecorder.choices`]. That takes 8 bytes of CPU memory for each layer, token and chosen expert, and waits
+            for the device after every router.
 
     Raises:
         ValueError: if the model declares no router.
@@ -35,10 +40,11 @@ class RoutingRecorder:
     ```
     """
 
-    def __init__(self, model: nn.Module, coactivation: bool = False):
-        self.keeps_coactivation = coactivation
+    def __init__(self, model: nn.Module, coactivation: bool = False, keep_choices: bool = False):
+        self._counts_pairs = coactivation
         self._hooks = RouterHooks(model)
         self.routers = self._hooks.routers
+        self._keep_choices = keep_choices
         self._is_recording = False
         self.reset()
 
@@ -58,6 +64,8 @@ class RoutingRecorder:
         # Per router `(num_experts + 1,)`: the counts, and behind them the number of tokens.
         self._counts: dict[str, torch.Tensor] = {}
         self._together: dict[str, torch.Tensor] = {}
+        # Per router the `(T, K)` choices of every pass.
+        self._choices: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def statistics(self, reduce_over_ranks: bool = False) -> RoutingStatistics:
         """
@@ -72,8 +80,7 @@ class RoutingRecorder:
         """
         if reduce_over_ranks:
             self._reduce_over_ranks()
-        if not self._counts:
-            raise ValueError("No router has run inside the recorder: call the model inside its `with` block first.")
+        self._check_has_run()
         layers = {}
         for name, counts_and_tokens in self._counts.items():
             *counts, num_tokens = counts_and_tokens.tolist()
@@ -94,6 +101,27 @@ class RoutingRecorder:
             )
         return {name: together_EE.cpu() for name, together_EE in self._together.items()}
 
+    def choices(self) -> dict[str, torch.Tensor]:
+        """
+        The experts that every token chose, of this rank alone.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By the name of the router, in the order of the model, `(num_tokens, K)` in int64 on the
+            CPU. Tokens are in the order in which they were run, padding is left out. The expert with the largest logit is
+            the first; -1 stands for none, at the end.
+
+        Raises:
+            ValueError: if the recorder keeps no choices, or no router has run yet.
+        """
+        if not self._keep_choices:
+            raise ValueError("This recorder only counts. Make it with `RoutingRecorder(model, keep_choices=True)`.")
+        self._check_has_run()
+        return {name: torch.cat(self._choices[name]) for name in self.routers if name in self._choices}
+
+    def _check_has_run(self) -> None:
+        if not self._counts:
+            raise ValueError("No router has run inside the recorder: call the model inside its `with` block first.")
+
     def _reduce_over_ranks(self) -> None:
         """Replace the counts by their sums over all ranks; a rank on which a router did not run takes part as well."""
         everywhere: list[dict[str, list[int]]] = [{} for _ in range(torch.distributed.get_world_size())]
@@ -111,10 +139,22 @@ class RoutingRecorder:
             return
         counts_and_tokens = torch.cat([call.counts_E, call.num_tokens.reshape(1)]).long()
         self._counts[call.name] = self._counts.get(call.name, 0) + counts_and_tokens
-        if self.keeps_coactivation:
+        if self._counts_pairs:
             index_TK, num_experts = call.top_k_index_TK, call.logits_TE.shape[-1]
             is_chosen_TE = torch.zeros(len(index_TK), num_experts + 1, device=index_TK.device).scatter_(
                 -1, index_TK, 1.0
             )
             is_chosen_TE = is_chosen_TE[:, :-1] if call.mask_T is None else is_chosen_TE[:, :-1] * call.mask_T[:, None]
             self._together[call.name] = self._together.get(call.name, 0) + (is_chosen_TE.T @ is_chosen_TE).long()
+        if self._keep_choices:
+            self._choices[call.name].append(_sorted_choices(call).cpu())
+
+
+def _sorted_choices(call: RouterCall) -> torch.Tensor:
+    """`(tokens, K)` chosen experts without padding, those with the largest logits first; -1 stands for none."""
+    num_experts = call.logits_TE.shape[-1]
+    logits_TE = F.pad(call.logits_TE.float(), (0, 1), value=-torch.inf)
+    order_TK = logits_TE.gather(-1, call.top_k_index_TK).argsort(dim=-1, descending=True, stable=True)
+    index_TK = call.top_k_index_TK.gather(-1, order_TK).long()
+    index_TK = index_TK.masked_fill(index_TK == num_experts, -1)
+    return index_TK if call.mask_T is None else index_TK[call.mask_T.bool()]

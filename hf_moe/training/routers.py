@@ -111,6 +111,21 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
     Raises:
         ValueError: if there is none.
     """
+    routers = _declared_routers(model)
+    if not routers:
+        raise ValueError(
+            f"{type(model).__name__} declares no router: neither it nor a model inside it records `router_logits`. Is it a "
+            "mixture of experts of transformers or hf_moe?"
+        )
+    return routers
+
+
+def has_routers(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts whose routing can be seen."""
+    return bool(_declared_routers(model))
+
+
+def _declared_routers(model: nn.Module) -> dict[str, Router]:
     routers: dict[str, Router] = {}
     for prefix, owner in model.named_modules():
         if not isinstance(owner, PreTrainedModel):
@@ -120,11 +135,6 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
                 matches_name = spec.layer_name is None or f".{spec.layer_name.strip('.')}." in f".{name}."
                 if spec.target_class is not None and isinstance(module, spec.target_class) and matches_name:
                     routers[name] = Router(module, spec.index, _find_top_k(owner))
-    if not routers:
-        raise ValueError(
-            f"{type(model).__name__} declares no router: neither it nor a model inside it records `router_logits`. Is it a "
-            "mixture of experts of transformers or hf_moe?"
-        )
     return routers
 
 

@@ -81,6 +81,69 @@ def test_counts_on_any_model(name, batch):
     assert recorder.statistics().to_dict() == statistics.to_dict()
 
 
+def choices_by_hand(model, batch) -> list[torch.Tensor]:
+    """`(tokens, K)` per layer from what the experts are asked to do, padding left out."""
+    mask, choices = batch["attention_mask"].bool().reshape(-1), []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: choices.append(args[1].reshape(len(mask), -1)[mask]))
+        for module in model.modules()
+        if hasattr(module, "gate_up_proj") and hasattr(module, "num_experts")
+    ]
+    with torch.no_grad():
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    for handle in handles:
+        handle.remove()
+    return choices
+
+
+@pytest.mark.parametrize("name", ["ours", "Mixtral", "DeepseekV3", "GptOss"])
+def test_choices_token_by_token(name, batch):
+    model = moe_model("qwen2") if name == "ours" else native(name)
+    expected = choices_by_hand(model, batch)
+    with RoutingRecorder(model, keep_choices=True) as recorder, torch.no_grad():
+        for _ in range(2):
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    choices = recorder.choices()
+    assert list(choices) == list(recorder.statistics().layers)
+    for (layer, chosen_TK), expected_TK in zip(choices.items(), expected, strict=True):
+        assert chosen_TK.dtype == torch.int64
+        assert chosen_TK.sort(-1).values.tolist() == expected_TK.sort(-1).values.tolist() * 2
+        assert recorder.statistics()[layer].counts.sum() == chosen_TK.numel()
+    recorder.reset()
+    with pytest.raises(ValueError, match="No router has run"):
+        recorder.choices()
+
+
+def test_first_choice_has_the_largest_logit_and_none_is_last(batch):
+    model = moe_model("llama")
+    model.set_experts_implementation("eager")  # grouped_mm leaves what is skipped uninitialised
+
+    def shuffle(module, args, output):
+        logits_TE, weights_TK, index_TK = output
+        index_TK = logits_TE.topk(3, largest=True).indices[:, [2, 0, 1]]  # not in the order of the logits
+        index_TK[:, 1] = module.num_experts  # the largest is skipped
+        return logits_TE, weights_TK.new_zeros(index_TK.shape), index_TK
+
+    logits = []
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            module.register_forward_hook(shuffle)
+            module.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    with RoutingRecorder(model, keep_choices=True) as recorder, torch.no_grad():
+        model(batch["input_ids"])
+    for chosen_TK, logits_TE in zip(recorder.choices().values(), logits, strict=True):
+        order_TE = logits_TE.argsort(-1, descending=True)
+        assert chosen_TK.tolist() == [[*row[1:3], -1] for row in order_TE.tolist()]
+
+
+def test_choices_are_kept_only_if_asked(batch):
+    model = moe_model("llama")
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        model(batch["input_ids"])
+    with pytest.raises(ValueError, match="keep_choices=True"):
+        recorder.choices()
+
+
 def test_router_that_hides_its_choice(batch):
     # Llama 4 returns scores and logits only; its block masks all but the largest.
     model = native("Llama4")
