@@ -74,6 +74,7 @@ def train(model, dataset: Dataset, name: str, measure: Measure, arguments: argpa
             output_dir=str(folder),
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
+            gradient_accumulation_steps=arguments.accumulation,
             learning_rate=arguments.learning_rate,
             warmup_steps=max(arguments.steps // 10, 1),
             lr_scheduler_type="constant_with_warmup",
@@ -113,12 +114,13 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--texts", type=Path, help="folder whose folders are domains besides code and licences")
     parser.add_argument("--num-experts", type=int, default=8)
-    parser.add_argument("--layers", default="::3", help="which layers become sparse")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--layers", default="::5", help="which layers become sparse")
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--points", type=int, default=6, help="how often is measured")
+    parser.add_argument("--points", type=int, default=5, help="how often is measured")
     parser.add_argument("--eval-blocks", type=int, default=8, help="validation blocks per domain")
     arguments = parser.parse_args()
 
@@ -130,7 +132,7 @@ def main() -> None:
     )
     hf_moe.upcycle(arguments.source, moe, recipe, overwrite=True)
     tokenizer = AutoTokenizer.from_pretrained(moe)
-    count = -(-arguments.steps * arguments.batch_size // len(DOMAINS))
+    count = -(-arguments.steps * arguments.batch_size * arguments.accumulation // len(DOMAINS))
     blocks = [
         block for domain in DOMAINS for block in token_blocks(tokenizer, domain, "train", arguments.length, count)
     ]

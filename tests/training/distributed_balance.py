@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from router_gradients import KINDS, MODELS, injected_gradients, native_gradient, rows, trainable, whole
+from test_callbacks import make_trainer
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from transformers import TrainerState
 
+from hf_moe import BiasBalancingCallback, RouterStatisticsCallback, RoutingHistory
 from hf_moe.training.load_balancing import LoadBalancer
 from hf_moe.training.routers import find_routers
 
@@ -54,6 +57,32 @@ def sharded_gradients(model_kind: str, rank: int, use_reentrant: bool | None) ->
     return found
 
 
+def watched(folder: Path, steps_per_update: int) -> dict[str, Any]:
+    """What the callbacks know after two optimizer steps of four rows, with a checkpoint before anything is logged."""
+    statistics, bias = RouterStatisticsCallback(folder=str(folder / "routing")), BiasBalancingCallback(0.01)
+    trainer = make_trainer(
+        trainable("deepseek_v3"),
+        folder,
+        statistics,
+        bias,
+        data=rows(8),
+        max_steps=2,
+        gradient_accumulation_steps=steps_per_update,
+        learning_rate=0.0,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    saved = TrainerState.load_from_json(str(folder / "checkpoint-1" / "trainer_state.json")).stateful_callbacks
+    (line,) = RoutingHistory.load(folder / "routing").statistics
+    return {
+        "counts": {name: layer.counts.tolist() for name, layer in line.layers.items()},
+        "saved": saved["RouterStatisticsCallback"]["state"]["counts"],
+        "logged": {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("moe/")},
+        "bias": bias.save_state(),
+    }
+
+
 def main(folder: str, rank: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -66,6 +95,7 @@ def main(folder: str, rank: int) -> None:
             results[model_kind, f"FSDP2, {use_reentrant=}"] = sharded_gradients(model_kind, rank, use_reentrant)
         if model_kind != "moe_llama":
             results[model_kind, "transformers"] = {"native": native_gradient(model_kind, rows())}
+    results["deepseek_v3", "callbacks"] = watched(Path(folder, "watched"), steps_per_update=1)
     torch.save(results, f"{folder}/gradients{rank}.pt")
     distributed.barrier()
 

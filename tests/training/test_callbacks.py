@@ -2,6 +2,9 @@
 """The callbacks under Trainer and TRL's trainers: what they log, steer, save and go on with, and what they refuse."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from router_gradients import rows, trainable
 from small_models import small_moe
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from hf_moe import (
@@ -147,6 +151,79 @@ def test_tensorboard_has_the_keys(tmp_path):
         assert [event.value for event in reader.Scalars(f"train/moe/{key}")] == pytest.approx(
             logged(trainer, f"moe/{key}")
         )
+
+
+STORE = """
+import json, sys
+from pathlib import Path
+from router_gradients import trainable
+from test_callbacks import make_trainer, logged
+from hf_moe import RouterStatisticsCallback
+callbacks = [RouterStatisticsCallback()]
+arguments = {"report_to": ["trackio"], "project": "balance", "run_name": "one"}
+trainer = make_trainer(trainable("mixtral"), Path(sys.argv[1]), *callbacks, **arguments)
+trainer.train()
+from trackio.sqlite_storage import SQLiteStorage
+stored = [entry for entry in SQLiteStorage.get_logs("balance", "one") if "train/moe/entropy" in entry]
+print(json.dumps([stored, trainer.state.log_history]))
+"""
+
+
+@pytest.mark.processes
+def test_trackio_has_the_keys(tmp_path):
+    """In a process of its own, since trackio reads where to write when it is imported."""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", STORE, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    stored, history = json.loads(run.stdout.splitlines()[-1])
+    assert len(stored) == 2
+    for key in KEYS:
+        expected = [entry[f"moe/{key}"] for entry in history if f"moe/{key}" in entry]
+        assert [entry[f"train/moe/{key}"] for entry in stored] == pytest.approx(expected)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, which is what makes the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        )
+        self.number += func in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_asked_for_nothing_between_logs(tmp_path):
+    """As without callbacks, but in the first step, in which a loss finds out what the scores are, and in those that log."""
+
+    class Count(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.mode = HostReads()
+            self.mode.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.mode.__exit__(None, None, None)
+            reads.append(self.mode.number)
+
+    found = []
+    for callbacks in (
+        [],
+        [RouterStatisticsCallback(), LoadBalancingCallback("global_batch", adaptive=True), LoadBalancingCallback("z")],
+    ):
+        reads: list[int] = []
+        trainer = make_trainer(trainable("mixtral"), tmp_path, *callbacks, max_steps=5, logging_steps=5)
+        trainer.add_callback(Count())
+        trainer.train()
+        found.append(reads)
+    assert found[0][1:4] == found[1][1:4]
+    assert found[1][0] > found[0][0]  # so that the count is one of what it should be
 
 
 def resumed(make, tmp_path: Path, **arguments: Any) -> tuple[Trainer, Trainer]:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from distributed_balance import run_processes
+from distributed_balance import run_processes, watched
 from router_gradients import MODELS, native_gradient, rows
 from test_load_balancing import expected_gradient
 
@@ -22,12 +22,20 @@ def test_two_processes_are_averaged(tmp_path):
             different[kind], _ = expected_gradient(name, model_kind, rows(4), counted)
         for of_rank in results:
             for (of_model, way), found in of_rank.items():
-                if of_model != model_kind or way == "transformers":
+                if of_model != model_kind or way in ("transformers", "callbacks"):
                     continue
                 expected = alike if way.endswith("alike") else different
                 assert found.keys() == expected.keys()
                 for kind, gradient in found.items():
                     assert_close(gradient, expected[kind], 3e-6)
+
+    # Callbacks count what both processes saw, as one does that accumulates.
+    expected = watched(tmp_path / "one", steps_per_update=2)
+    for of_rank in results:
+        found = of_rank["deepseek_v3", "callbacks"]
+        assert (found["counts"], found["saved"]) == (expected["counts"], expected["saved"])
+        assert found["bias"] == expected["bias"]
+        assert found["logged"] == pytest.approx(expected["logged"], abs=1e-5)
 
     # Its own term comes twice, since the loss is multiplied by the number of processes for the mean over all tokens.
     native = results[0]["mixtral", "transformers"]["native"]
