@@ -24,9 +24,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Language model, dense or a mixture of experts: a folder or a Hub id.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="DOMAIN=FILE", help="Text file of a domain; can be given several times, also for one domain."
-        ),
+        typer.Option(help="DOMAIN=FILE, a text of a domain; can be given several times, also for one domain."),
     ] = None,
     length: Annotated[
         int,

@@ -9,6 +9,7 @@ from huggingface_hub.cli import out
 from huggingface_hub.errors import StrictDataclassError
 
 from .bench import bench
+from .bench_balance import balance
 from .bench_lora import lora
 from .doctor import doctor
 from .edit import collapse, expand, extract, insert, merge, prune
@@ -73,6 +74,9 @@ bench.command(
     "lora",
     epilog=_epilog("hf-moe bench lora", "hf-moe bench lora --shape qwen3-30b-a3b --scale 1 --tokens 512 --runs 7"),
 )(lora)
+bench.command("balance", epilog=_epilog("hf-moe bench balance", "hf-moe bench balance --interval 10 --runs 21"))(
+    balance
+)
 app.add_group(bench, name="bench")
 
 

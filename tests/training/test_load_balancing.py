@@ -9,6 +9,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from conftest import assert_close, moe_config, moe_model
+from guide_tables import TABLES, place
 from peft import LoraConfig, get_peft_model
 from router_gradients import KINDS, MODELS, SETTINGS, injected_gradients, native_gradient, rows, trainable
 from small_models import small_moe
@@ -100,6 +101,12 @@ def test_micro_batches_that_differ(model):
     # The second step of the global batch takes the counts of the first for the other micro-batches.
     expected, _ = expected_gradient("global_batch", MODELS[model], data, counted)
     assert_close(found["global_batch, second step"], expected, 2e-6)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_guide():
+    name = "balance in every setting"
+    assert place(name)[1] == TABLES[name][1](), "run `python tests/guide_tables.py`"
 
 
 def test_what_transformers_makes_of_its_own():

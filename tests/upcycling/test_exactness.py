@@ -115,6 +115,6 @@ def test_the_matrix_covers_every_router_whose_weights_sum_to_1(family, prefix):
         assert plan.architecture == f"{prefix}ForCausalLM"
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [name for name, (guide, _) in TABLES.items() if guide == "upcycling.md"])
 def test_the_guide_prints_what_the_tests_hold(name):
-    assert place(name)[1] == TABLES[name](), "run `python tests/guide_tables.py`"
+    assert place(name)[1] == TABLES[name][1](), "run `python tests/guide_tables.py`"
