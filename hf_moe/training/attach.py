@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .gradient_injection import Factor, loss_scale_of
 from .router_hooks import RouterHooks
+from .routers import find_routers
 from .zero3 import set_zero3_leaf_modules
 
 
@@ -50,8 +51,16 @@ class Attachment:
         return loss_scale_of(self.trainer.accelerator, lambda: self.trainer.current_gradient_accumulation_steps)
 
 
-# By the id of the model: the one thing that a trainer tells its callbacks about itself.
-_ATTACHMENTS: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+_ATTACHMENTS: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def _find_attachment(callback: TrainerCallback) -> Attachment | None:
+    """That of the trainer whose callback it is: a trainer does not tell, and may have made a new one of what it resumed."""
+    for attachment in _ATTACHMENTS:
+        trainer = attachment.trainer
+        if trainer is not None and any(callback is one for one in trainer.callback_handler.callbacks):
+            return attachment
+    return None
 
 
 class MoeCallback(TrainerCallback, ExportableState):
@@ -86,8 +95,8 @@ class MoeCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.end()
         plain_model = extract_model_from_parallel(model)
-        self.attachment = _ATTACHMENTS.get(id(plain_model))
-        if self.attachment is None or self.attachment.trainer is None:
+        self.attachment = _find_attachment(self)
+        if self.attachment is None:
             raise ValueError(
                 f"{type(self).__name__} does not know its trainer. Give it with `add_moe_callbacks(trainer, {type(self).__name__}(...))` "
                 "instead of `callbacks=[...]`, or call `add_moe_callbacks(trainer)` as well."
@@ -154,16 +163,15 @@ def add_moe_callbacks(trainer: Trainer, *callbacks: MoeCallback) -> None:
                 f"{callback!r} is no callback of hf_moe. Give instances, such as LoadBalancingCallback(); others go to "
                 "`trainer.add_callback`."
             )
-    attachment = Attachment(trainer)
-    attachment.hooks(trainer.model)
+    find_routers(trainer.model)  # or an error, now rather than when training begins
     if is_deepspeed_zero3_enabled():
         set_zero3_leaf_modules(trainer.model)
-    _ATTACHMENTS[id(trainer.model)] = attachment
     # Not with `add_callback`, which warns of two of a class.
     trainer.callback_handler.callbacks.extend(callbacks)
     if not hasattr(trainer, "_hf_moe_attachment"):
         trainer.log = _logging_metrics(trainer)
-    trainer._hf_moe_attachment = attachment
+        trainer._hf_moe_attachment = Attachment(trainer)
+        _ATTACHMENTS.add(trainer._hf_moe_attachment)
 
 
 def _logging_metrics(trainer: Trainer):

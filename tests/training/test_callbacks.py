@@ -384,6 +384,18 @@ def test_callbacks_given_to_the_trainer_work_once_it_is_attached(tmp_path):
     assert logged(trainer, "moe/entropy")
 
 
+def test_two_trainers_of_one_model(tmp_path):
+    """Each callback knows its own, also while the other is alive."""
+    model, trainers = trainable("mixtral"), []
+    for steps in (4, 1):
+        callback = LoadBalancingCallback()
+        trainers.append(make_trainer(model, tmp_path, callback, max_steps=1, gradient_accumulation_steps=steps))
+    for trainer in (*trainers, *trainers[::-1]):
+        trainer.train()
+        callback = trainer.callback_handler.callbacks[-1]
+        assert callback.attachment.trainer is trainer
+
+
 def test_a_history_is_not_overwritten(tmp_path):
     for step in range(2):
         trainer = make_trainer(trainable("mixtral"), tmp_path / "out", RouterStatisticsCallback(folder=str(tmp_path)))
