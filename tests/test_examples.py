@@ -42,7 +42,20 @@ def test_balance(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts" / "letters").mkdir(parents=True)
     for number in range(40):
         (tmp_path / "texts" / "letters" / f"{number}.txt").write_text(f"letter {number} " * 80)
-    options = ["--texts", tmp_path / "texts", "--steps", 2, "--points", 1, "--length", 16, "--eval-blocks", 1, "--layers", "::2"]
+    options = [
+        "--texts",
+        tmp_path / "texts",
+        "--steps",
+        2,
+        "--points",
+        1,
+        "--length",
+        16,
+        "--eval-blocks",
+        1,
+        "--layers",
+        "::2",
+    ]
     arguments = ["05_balance.py", tmp_path / "dense", tmp_path / "out", *options]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     monkeypatch.syspath_prepend(EXAMPLES)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .load_balancing import sum_over_ranks
 from .router_hooks import RouterCall, RouterHooks
@@ -109,10 +110,14 @@ def selection_biases(model: nn.Module) -> dict[str, torch.Tensor]:
     The biases with which routers choose experts, by the names of the routers.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one is sharded.
     """
     routers = find_routers(model)
     found = {name: bias for name in routers if (bias := find_selection_bias(model, name)) is not None}
+    if sharded := [name for name, bias in found.items() if isinstance(bias, DTensor)]:
+        raise ValueError(
+            f"The bias of {sharded[0]} is sharded over processes, so that it cannot be moved. Train with DDP."
+        )
     if not found:
         kinds = ", ".join(sorted({type(router.module).__name__ for router in routers.values()}))
         raise ValueError(

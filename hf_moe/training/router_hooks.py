@@ -77,8 +77,14 @@ class RouterCall:
         mask = None if self.model_call is None else self.model_call.mask
         if mask is None:
             return None
+        length, rest = divmod(len(self.logits_TE), mask.shape[0])
+        if rest or length > mask.shape[1]:
+            logger.warning_once(
+                f"{self.name} sees {len(self.logits_TE)} tokens, and the attention mask is {tuple(mask.shape)}: padding cannot be told "
+                "from text there, and is counted."
+            )
+            return None
         # With a cache the mask is longer than what the router sees.
-        length = len(self.logits_TE) // mask.shape[0]
         return mask[:, mask.shape[1] - length :].reshape(-1).to(self.logits_TE.device)
 
     @cached_property

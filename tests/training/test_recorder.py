@@ -196,6 +196,22 @@ def test_checkpointing_is_not_counted_twice(batch, use_reentrant):
         assert layer.counts.tolist() == counts.tolist()
 
 
+def test_a_mask_of_other_tokens_is_not_used(batch, caplog):
+    """As where a router sees more than the text that the mask is of."""
+    model = native("Mixtral")
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (torch.cat([args[0], args[0]], dim=1),))
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output.chunk(2, dim=1)[0])
+    with RoutingRecorder(model) as recorder, torch.no_grad(), caplog.at_level("WARNING"):
+        model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    tokens = [layer.num_tokens for layer in recorder.statistics().layers.values()]
+    assert tokens == [
+        int(batch["attention_mask"].sum()),
+        2 * batch["input_ids"].numel(),
+        int(batch["attention_mask"].sum()),
+    ]
+    assert "model.layers.1.mlp.gate sees 44 tokens, and the attention mask is (2, 11)" in caplog.text
+
+
 def test_coactivation(batch):
     model = native("DeepseekV3")
     chosen = []
