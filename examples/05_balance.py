@@ -7,7 +7,25 @@
 Ways to balance the experts of an upcycled model side by side: loss, load and specialization over the steps.
 
     python examples/fetch_texts.py .cache/texts
-    python examples/05_balance.py HuggingFaceTB/SmolLM2-135M-Instruct outputs/balance --texts .cache/texts
+    python examples/05_balance.py HuggingFaceTB/SmolLM2-135M-Instruct outputs/balance --texts .cache/texts --steps 24 --points 4
+
+prints, after the lines of the trainers (6 sparse layers of 8 experts, 24 steps of 8 x 128 tokens of code, licences, French and
+prose; one run of each):
+
+    | | held-out loss | max violation | entropy | specialization |
+    |---|---|---|---|---|
+    | start | 3.488 | 1.068 | 0.914 | 0.025 |
+    | nothing | 3.088 | 1.027 | 0.914 | 0.025 |
+    | nothing, other order | 3.075 | 1.027 | 0.912 | 0.025 |
+    | switch 0.01 | 3.089 | 0.743 | 0.940 | 0.024 |
+    | switch 0.1 | 3.087 | 0.235 | 0.988 | 0.022 |
+    | global_batch 0.1 | 3.088 | 0.227 | 0.988 | 0.028 |
+    | bias | 3.083 | 0.373 | 0.977 | 0.029 |
+
+The loss says nothing: all are nearer to each other than two orders of the same texts. The load becomes even with every way to
+balance, and stays as it was without. Experts specialize little in so few steps; what there is, the loss of a micro-batch takes
+away, and the loss of the global batch and the bias do not. Of each there is one run; on the way the two without anything
+differ by up to 0.03 in the loss, 0.05 in max violation and 0.001 in specialization.
 """
 
 import argparse

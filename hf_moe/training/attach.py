@@ -43,7 +43,14 @@ class Attachment:
         """The hooks on a model, made when they are first asked for: a trainer may have wrapped or replaced it."""
         if self._hooks is None or self._hooks.model is not model:
             self._hooks = RouterHooks(model)
+            _HOOKS.add(self._hooks)
         return self._hooks
+
+    def close_others(self, model: nn.Module) -> None:
+        """Take away what other trainers have left on the model: they do not tell of a training that an error ended."""
+        for hooks in list(_HOOKS):
+            if hooks.model is model and hooks is not self._hooks:
+                hooks.close()
 
     @property
     def loss_scale(self) -> Factor:
@@ -52,6 +59,7 @@ class Attachment:
 
 
 _ATTACHMENTS: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_HOOKS: weakref.WeakSet[RouterHooks] = weakref.WeakSet()
 
 
 def _find_attachment(callback: TrainerCallback) -> Attachment | None:
@@ -67,16 +75,27 @@ class MoeCallback(TrainerCallback, ExportableState):
     """
     Base class of the callbacks.
 
-    A subclass does its work in `begin`, `end` and the events of [`~transformers.TrainerCallback`]; `save_state` and
-    `load_state` hold what a training goes on with, `metrics` gives what is logged, and `options` what `__init__` takes.
+    A subclass does its work in `begin`, `after_step` and `end`, and in the events of [`~transformers.TrainerCallback`] that are not
+    here. `reset` makes what a training begins with, `save_state` and `load_state` what it goes on with, `metrics` what is logged.
+
+    Args:
+        options: What `__init__` of the subclass takes, as plain values.
     """
 
     def __init__(self, **options: Any):
         self._options = options
+        self._is_running = False
         self.attachment: Attachment | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """What a training begins with."""
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
-        """Training begins: the model and what belongs to its trainer."""
+        """Training begins, or goes on after `load_state`: the model and what belongs to its trainer."""
+
+    def after_step(self, args, state, control, **kwargs) -> None:
+        """An optimizer step is done; every process makes this call."""
 
     def end(self) -> None:
         """Training ends; also called before it begins."""
@@ -85,28 +104,55 @@ class MoeCallback(TrainerCallback, ExportableState):
         """What to log with the training loss; every process makes this call."""
         return {}
 
+    def pool(self) -> None:
+        """Let the first process have what all have, since it alone saves; every process makes this call."""
+
     def save_state(self) -> dict[str, Any]:
-        """What a training goes on with, as plain values."""
+        """What a training goes on with, as plain values. Only the first process makes this call."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what `save_state` gave; before `begin`."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        name = type(self).__name__
         self.end()
-        plain_model = extract_model_from_parallel(model)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{name} does not work with nn.DataParallel on {args.n_gpu} GPUs. Start the script with `torchrun`."
+            )
         self.attachment = _find_attachment(self)
         if self.attachment is None:
             raise ValueError(
-                f"{type(self).__name__} does not know its trainer. Give it with `add_moe_callbacks(trainer, {type(self).__name__}(...))` "
-                "instead of `callbacks=[...]`, or call `add_moe_callbacks(trainer)` as well."
+                f"{name} does not know its trainer. Give it with `add_moe_callbacks(trainer, {name}(...))` instead of "
+                "`callbacks=[...]`, or call `add_moe_callbacks(trainer)` as well."
             )
+        plain_model = extract_model_from_parallel(model)
+        self.attachment.close_others(plain_model)
+        self.reset()
         if state.global_step:
             self._resume(args, state, self.attachment.trainer.callback_handler.callbacks)
         self.begin(plain_model, self.attachment)
+        self._is_running = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after_step(args, state, control, **kwargs)
+        if control.should_save:
+            self.pool()
+        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
+            # With several of a class the Trainer adds to what it saved before.
+            state.stateful_callbacks[type(self).__name__] = []
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.pool()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._is_running:  # in a training, which may save what was best
+            self.pool()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.end()
+        self._is_running = False
 
     def state(self) -> dict[str, Any]:
         return {"args": self._options, "attributes": {}, "state": self.save_state(), "world_size": _world_size()}
@@ -122,7 +168,6 @@ class MoeCallback(TrainerCallback, ExportableState):
         alike = [callback for callback in callbacks if type(callback) is type(self)]
         saved = state.stateful_callbacks.get(name)
         saved = saved if isinstance(saved, list) else [saved]
-        # With several of a class the Trainer appends to the list of what it saved before: the last ones are of this checkpoint.
         mine = saved[-len(alike) :][alike.index(self)] if len(saved) >= len(alike) else None
         if not mine or "state" not in mine:
             logger.warning(f"The checkpoint was saved without {name}, which begins anew.")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .load_balancing import sum_over_ranks
+from .rank_sum import RankSum
 from .router_hooks import RouterCall, RouterHooks
 from .routers import find_routers, find_selection_bias, without_wrappers
 
@@ -63,10 +63,11 @@ class BiasBalancer:
             ValueError: if the model has no routers, or these no bias to choose with.
         """
         self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        self._sum = RankSum(self._hooks)
         self._of_model = selection_biases(self._hooks.model)
         self._counts: dict[str, torch.Tensor] = {}
         for name, bias in self._of_model.items():
-            float32 = self._biases.get(name, bias.detach().float().clone()).to(bias.device)
+            float32 = self._biases.get(name, bias.detach().float().flatten().clone()).to(bias.device)
             self._biases[name] = float32
             bias.data.copy_(float32.view_as(bias))
         self._hooks.add(self._count)
@@ -81,10 +82,15 @@ class BiasBalancer:
     @torch.no_grad()
     def step(self) -> None:
         """To be called after every optimizer step; with several processes, by each."""
-        for name, counts_E in sum_over_ranks(self._counts).items():
+        if self._hooks is None:
+            raise ValueError("This BiasBalancer is attached to no model: call `attach(model)` first.")
+        for name, counts_E in self._sum(self._counts).items():
+            bias, float32_E = self._of_model[name], self._biases[name]
+            # Where it is not what was put there, something else has changed it.
+            changed_E = bias.view(-1) != float32_E.to(bias.dtype)
+            float32_E = torch.where(changed_E, bias.view(-1).float(), float32_E)
             change_E = self.update_rate * (counts_E.mean() - counts_E).sign()
-            self._biases[name] += change_E - change_E.mean()
-            bias = self._of_model[name]
+            self._biases[name] = float32_E + change_E - change_E.mean()
             bias.data.copy_(self._biases[name].view_as(bias))
         self._counts = {}
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks that steer routers: balance losses, DeepSeek-V3's bias, schedules of freezing, experts that collapse."""
 
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attach import Attachment, MoeCallback
-from .bias_balancing import BiasBalancer
+from .bias_balancing import FILE_NAME, BiasBalancer, load_router_bias
 from .load_balancing import LoadBalancer
 from .routers import parameters_around
 
 
 logger = logging.get_logger(__name__)
 
+OWN_COEFS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha", "router_z_loss_coef")
 RL_TRAINERS = ("GRPO", "RLOO", "PPO", "OnlineDPO", "NashMD", "XPO")
 
 
@@ -25,8 +27,8 @@ class LoadBalancingCallback(MoeCallback):
     """
     A [`LoadBalancer`] for [`~transformers.Trainer`] and all that are built on it.
 
-    The loss holds with gradient accumulation, label smoothing, `compute_loss_func`, both kinds of gradient checkpointing,
-    DDP and FSDP2, and for models that have no balance loss of their own. Switch the model's own off:
+    The loss holds with gradient accumulation, label smoothing, `compute_loss_func`, both kinds of gradient checkpointing (with
+    several passes before one backward pass, too), DDP and FSDP2, and for models that have no balance loss. Switch the model's own off:
     `output_router_logits=False`, or `router_aux_loss_coef=0.0` in TRL.
 
     Args:
@@ -49,7 +51,9 @@ class LoadBalancingCallback(MoeCallback):
 
     def __init__(self, kind: str = "switch", coef: float | None = None, **options: Any):
         super().__init__(kind=kind, coef=coef, **options)
-        self.balancer = LoadBalancer(kind, coef, **options)
+
+    def reset(self) -> None:
+        self.balancer = LoadBalancer(**self._options)
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         trainer = type(attachment.trainer)
@@ -67,17 +71,17 @@ class LoadBalancingCallback(MoeCallback):
     def end(self) -> None:
         self.balancer.detach()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def after_step(self, args, state, control, **kwargs):
         self.balancer.step()
-        if control.should_save:
-            self.balancer.pool()
+
+    def pool(self) -> None:
+        self.balancer.pool()
 
     def metrics(self) -> dict[str, float]:
         values = self.balancer.values()
         if not values:
             return {}
-        name = "z_loss" if self.balancer.kind == "z" else f"{self.balancer.kind}_loss"
-        return {f"moe/{name}": float(torch.stack(list(values.values())).mean())}
+        return {f"moe/balance/{self.balancer.kind}": float(torch.stack(list(values.values())).mean())}
 
     def save_state(self) -> dict[str, Any]:
         return self.balancer.state_dict()
@@ -103,7 +107,9 @@ class BiasBalancingCallback(MoeCallback):
 
     def __init__(self, update_rate: float = 1e-3):
         super().__init__(update_rate=update_rate)
-        self.balancer = BiasBalancer(update_rate)
+
+    def reset(self) -> None:
+        self.balancer = BiasBalancer(**self._options)
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         self.balancer.attach(attachment.hooks(model))
@@ -112,7 +118,7 @@ class BiasBalancingCallback(MoeCallback):
     def end(self) -> None:
         self.balancer.detach()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def after_step(self, args, state, control, **kwargs):
         self.balancer.step()
 
     def on_save(self, args, state, control, **kwargs):
@@ -120,10 +126,18 @@ class BiasBalancingCallback(MoeCallback):
         if self._is_adapter and state.is_world_process_zero and folder.is_dir():
             self.balancer.save(folder)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._is_adapter and state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self.balancer.save(args.output_dir)
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self._is_adapter:
+            best = Path(state.best_model_checkpoint or "", FILE_NAME)
+            is_best = args.load_best_model_at_end and best.is_file()
+            if is_best:
+                load_router_bias(model, best.parent)  # whose adapter the model has again
+            if state.is_world_process_zero:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                if is_best:
+                    shutil.copyfile(best, Path(args.output_dir, FILE_NAME))
+                else:
+                    self.balancer.save(args.output_dir)
         super().on_train_end(args, state, control, **kwargs)
 
     def save_state(self) -> dict[str, Any]:
@@ -196,10 +210,12 @@ class RouterFreezeCallback(MoeCallback):
 def _warn_of_own_loss(model: nn.Module, trainer: Any) -> None:
     """The model's own balance loss would come on top."""
     config = cast(PreTrainedModel, model).config.get_text_config()
-    coef = getattr(config, "router_aux_loss_coef", 0.0) or 0.0
+    owners = (config, getattr(config, "ffn_config", None))
+    coefs = {name: getattr(owner, name, None) for owner in owners for name in OWN_COEFS if getattr(owner, name, None)}
     is_on = getattr(config, "output_router_logits", False) or getattr(trainer, "aux_loss_enabled", False)
-    if is_on and coef:
+    if is_on and coefs:
+        given = ", ".join(f"{name}={value}" for name, value in coefs.items())
         logger.warning(
-            f"The model's own balance loss is on as well, with a coefficient of {coef}, and comes on top of hf_moe's. Switch one of them "
-            "off: `model.config.output_router_logits = False`, or `router_aux_loss_coef=0.0` in TRL's configuration."
+            f"The model's own balance loss is on as well ({given}) and comes on top of hf_moe's. Switch one of them off: "
+            "`model.config.output_router_logits = False`, or `router_aux_loss_coef=0.0` in TRL's configuration."
         )

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from .attach import Attachment, MoeCallback
-from .load_balancing import sum_over_ranks
+from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
 from .routers import find_selection_bias, without_wrappers
 from .statistics import layer_number
@@ -36,7 +36,6 @@ class ExpertCollapseCallback(MoeCallback):
     """
 
     def __init__(self, patience: int = 100, action: str = "warn", noise: float = 0.01):
-        super().__init__(patience=patience, action=action, noise=noise)
         if patience < 1:
             raise ValueError(f"patience is {patience!r}. Choose a number of steps of at least 1.")
         if action not in ACTIONS:
@@ -47,12 +46,20 @@ class ExpertCollapseCallback(MoeCallback):
             )
         self.patience, self.action, self.noise = patience, action, noise
         self._hooks: RouterHooks | None = None
+        super().__init__(patience=patience, action=action, noise=noise)
+
+    def reset(self) -> None:
         self._counts: dict[str, torch.Tensor] = {}
         self._num_reseeded = 0
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         hooks = attachment.hooks(model)
+        self._sum = RankSum(hooks)
         if self.action == "reseed":
+            if attachment.trainer.is_deepspeed_enabled:
+                raise ValueError(
+                    "DeepSpeed keeps weights of its own, which copies would not reach. Use action='warn'."
+                )
             self._rows = {name: _rows_of_experts(model, name) for name in hooks.routers}
         hooks.add(self._count)
         self._hooks = hooks
@@ -62,34 +69,44 @@ class ExpertCollapseCallback(MoeCallback):
             self._hooks.remove(self._count)
             self._hooks = None
 
-    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+    def after_step(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step % self.patience:
             return
-        for name, counts_E in sum_over_ranks(self._counts).items():
-            dead = torch.nonzero(counts_E == 0).flatten().tolist()
-            if not dead:
+        for place, (name, counts_E) in enumerate(self._sum(self._counts).items()):
+            counts = counts_E.tolist()
+            dead = [expert for expert, count in enumerate(counts) if not count]
+            alive = sorted(
+                (expert for expert, count in enumerate(counts) if count), key=lambda expert: -counts[expert]
+            )
+            if not dead or not alive:
                 continue
-            busiest = counts_E.argsort(descending=True)[: len(dead)].tolist()
+            done = ""
             if self.action == "reseed":
-                for place, expert in enumerate(dead):
-                    self._reseed(name, expert, busiest[place], state.global_step, optimizer)
+                donors = [alive[number % len(alive)] for number in range(len(dead))]
+                for expert, donor in zip(dead, donors, strict=True):
+                    seed = (state.global_step * 1009 + place) * 10007 + expert  # the same on every process
+                    self._reseed(name, expert, donor, seed, optimizer)
                 self._num_reseeded += len(dead)
-            done = f" They begin anew as copies of the experts {busiest}." if self.action == "reseed" else ""
+                done = f" They begin anew as copies of the experts {donors}."
             logger.warning(
                 f"Step {state.global_step}: no token came to the experts {dead} of layer {layer_number(name)} ({name}) in {self.patience} "
                 f"steps.{done}"
             )
         self._counts = {}
 
+    def pool(self) -> None:
+        self._counts = self._sum.on_first(self._counts)
+
     def metrics(self) -> dict[str, float]:
         return {"moe/reseeded_experts": float(self._num_reseeded)} if self.action == "reseed" else {}
 
     def save_state(self) -> dict[str, Any]:
-        counts = {name: counts_E.tolist() for name, counts_E in sum_over_ranks(self._counts).items()}
+        counts = {name: counts_E.tolist() for name, counts_E in self._counts.items()}
         return {"counts": counts, "num_reseeded": self._num_reseeded}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._counts = {name: torch.tensor(counts) for name, counts in state["counts"].items()}
+        if is_first_process():
+            self._counts = {name: torch.tensor(counts) for name, counts in state["counts"].items()}
         self._num_reseeded = state["num_reseeded"]
 
     def _count(self, call: RouterCall) -> None:
@@ -98,17 +115,16 @@ class ExpertCollapseCallback(MoeCallback):
             self._counts[call.name] = counts_E + call.counts_E
 
     @torch.no_grad()
-    def _reseed(self, router: str, expert: int, donor: int, step: int, optimizer: Any) -> None:
+    def _reseed(self, router: str, expert: int, donor: int, seed: int, optimizer: Any) -> None:
         of_experts, of_router = self._rows[router]
         for tensor in (*of_experts, *of_router):
-            tensor[expert] = tensor[donor]
+            tensor[expert] = tensor[donor].clone()
             state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
             for moment in state.values():
                 if isinstance(moment, torch.Tensor) and moment.shape == tensor.shape:
                     moment[[expert, donor]] = 0
         row = of_router[0][expert]
-        # The same on every process.
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(seed)
         change = torch.randn(row.shape, generator=generator).to(row.device, row.dtype)
         row += self.noise * row.std() * change
 
@@ -131,7 +147,7 @@ def _rows_of_experts(model: nn.Module, router: str) -> tuple[list[torch.Tensor],
     of_router = [
         weight,
         *(p for name, p in module.named_parameters() if name == "bias"),
-        *([] if bias is None else [bias]),
+        *([] if bias is None else [bias.data.view(-1)]),
     ]
     if not parameters:
         raise ValueError(

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..models import losses
 from .gradient_injection import add_gradient, loss_scale_of
+from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
 from .routers import parameters_around
 
@@ -141,6 +142,7 @@ class LoadBalancer:
             ValueError: if the model has no routers.
         """
         self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        self._sum_counts, self._sum_values = RankSum(self._hooks), RankSum(self._hooks)
         if loss_scale is None:
             steps = gradient_accumulation_steps if accelerator is None else accelerator.gradient_accumulation_steps
             loss_scale = loss_scale_of(accelerator, lambda: steps)
@@ -148,7 +150,7 @@ class LoadBalancer:
         self._parameters = parameters_around(self._hooks.model, self._hooks.routers)
         self._scores: dict[str, str] = {}
         self._counts: dict[str, torch.Tensor] = {}
-        self._num_added = self._num_arrived = 0
+        self._num_added, self._num_arrived, self._has_arrived = 0, 0, False
         self._hooks.add(self._add_gradient, sees_recomputation=True)
         return self
 
@@ -163,30 +165,31 @@ class LoadBalancer:
         """To be called after every optimizer step; with several processes, by each."""
         if self._hooks is None:
             raise ValueError("This LoadBalancer is attached to no model: call `attach(model)` first.")
-        if self._num_added and not self._num_arrived and self.num_steps == 0:
-            logger.warning(
+        if self._num_added and not self._num_arrived and not self._has_arrived:
+            logger.warning_once(
                 f"The gradient of the balance loss {self.kind!r} was added to no backward pass: what the routers return does not "
                 "reach the loss."
             )
-        if self._counts:
-            self._window = sum_over_ranks(self._counts)
+        if self._needs_counts:
+            self._window = self._sum_counts(self._counts)
             if self.adaptive:
                 self._coefs = {name: self._adapted_coef(name, window[:-2]) for name, window in self._window.items()}
             elif self.kind == "sparsity":
                 self._coefs = self._coefs_for_sparsity()
+        self._has_arrived = self._has_arrived or self._num_arrived > 0
         self._counts, self._num_added, self._num_arrived = {}, 0, 0
         self.num_steps += 1
         self._hooks.forget()
 
     def values(self) -> dict[str, torch.Tensor]:
-        """The mean loss of each layer since the last call, over all processes, without its coefficient."""
-        values = {name: both[0] / both[1] for name, both in sum_over_ranks(self._values).items()}
+        """The mean loss of each layer since the last call, over all processes, without its coefficient; every process calls."""
+        values = {name: both[0] / both[1].clamp(min=1) for name, both in self._sum_values(self._values).items()}
         self._values = {}
         return values
 
     def pool(self) -> None:
         """Let the first process have what [`~LoadBalancer.values`] is made of, before it takes the state of all."""
-        self._values = sum_on_first_process(self._values)
+        self._values = self._sum_values.on_first(self._values)
 
     def state_dict(self) -> dict[str, Any]:
         """What a training goes on with, as plain numbers."""
@@ -238,8 +241,17 @@ class LoadBalancer:
 
     def _detached(self, call: RouterCall) -> RouterCall:
         """The same pass once more, of inputs without a gradient."""
-        inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in call.inputs]
-        return replace(call, output=call.router.module.forward(*inputs, **call.keyword_inputs))
+        if any(name.endswith("experts") for name, _ in call.router.module.named_modules()):
+            raise ValueError(
+                f"{call.name} is more than a router: it holds experts, which would run twice. Use grad_to='all'."
+            )
+
+        def detached(value: Any) -> Any:
+            return value.detach() if isinstance(value, torch.Tensor) else value
+
+        inputs = [detached(value) for value in call.inputs]
+        keyword_inputs = {name: detached(value) for name, value in call.keyword_inputs.items()}
+        return replace(call, output=call.router.module.forward(*inputs, **keyword_inputs))
 
     def _loss(self, call: RouterCall) -> torch.Tensor:
         logits_TE, mask_T = call.logits_TE.float(), call.mask_T
@@ -249,6 +261,11 @@ class LoadBalancer:
                 raise ValueError(f"{call.name} returns no logits but probabilities, so that there is no z-loss.")
             return losses.z_loss(logits_TE, mask_T)
         if self.kind == "sparsity":
+            if self._scores[call.name] != "relu":
+                raise ValueError(
+                    f"'sparsity' is for routers whose weights are the relu of their logits, and those of {call.name} are the "
+                    f"{self._scores[call.name]}. Their number of experts is fixed."
+                )
             return losses.sparsity_loss(logits_TE.relu(), call.counts_E, self._top_k(call.name), mask_T)
         if self.kind == "importance_load":
             return self._importance_load_loss(call)
@@ -259,6 +276,11 @@ class LoadBalancer:
             if call.batch_size is None:
                 raise ValueError(
                     "The model was called without `input_ids` and `inputs_embeds`, so that sequences are unknown."
+                )
+            if call.is_packed:
+                raise ValueError(
+                    "The model was called with `position_ids` and no mask, as with packed or padding-free batches, in which sequences "
+                    "cannot be told apart here. Use kind='switch' or 'global_batch', or turn packing off."
                 )
             return losses.sequence_loss(scores_TE, call.top_k_index_TK, call.batch_size, mask_T)
         if self.kind == "device":
@@ -306,7 +328,7 @@ class LoadBalancer:
             [window[:-2].sum() / window[-2] / self._top_k(name) - 1 for name, window in self._window.items()]
         ).mean()
         coef = next(iter(self._coefs.values()), torch.tensor(self.base_coef)).to(excess.device)
-        coef = torch.where(excess > 0, coef * SPARSITY_FACTOR, coef / SPARSITY_FACTOR)
+        coef = coef * SPARSITY_FACTOR ** excess.sign()
         return dict.fromkeys(self._window, coef)
 
     def _top_k(self, name: str) -> int:
@@ -315,23 +337,3 @@ class LoadBalancer:
         if top_k is None:
             raise ValueError(f"The configuration does not say how many experts {name} should choose.")
         return top_k
-
-
-def is_first_process() -> bool:
-    """Whether this is the process of rank 0, or the only one."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def sum_on_first_process(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sums over all processes for the first, and zeros for the others."""
-    total = sum_over_ranks(sums)
-    return total if is_first_process() else {name: torch.zeros_like(of_layer) for name, of_layer in total.items()}
-
-
-def sum_over_ranks(counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sums over all processes, in one reduction."""
-    if not counts or not torch.distributed.is_initialized():
-        return counts
-    flat = torch.cat(list(counts.values()))
-    torch.distributed.all_reduce(flat)
-    return dict(zip(counts, flat.split([len(of_layer) for of_layer in counts.values()]), strict=True))

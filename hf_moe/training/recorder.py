@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .rank_sum import RankSum
 from .router_hooks import RouterCall, RouterHooks
 from .statistics import LayerRouting, RoutingStatistics
 
@@ -79,7 +80,7 @@ class RoutingRecorder:
             ValueError: if no router has run yet.
         """
         if reduce_over_ranks:
-            self._reduce_over_ranks()
+            self._counts = RankSum(self._hooks, torch.int64)(self._counts)
         self._check_has_run()
         layers = {}
         for name, counts_and_tokens in self._counts.items():
@@ -121,17 +122,6 @@ class RoutingRecorder:
     def _check_has_run(self) -> None:
         if not self._counts:
             raise ValueError("No router has run inside the recorder: call the model inside its `with` block first.")
-
-    def _reduce_over_ranks(self) -> None:
-        """Replace the counts by their sums over all ranks; a rank on which a router did not run takes part as well."""
-        everywhere: list[dict[str, list[int]]] = [{} for _ in range(torch.distributed.get_world_size())]
-        mine = {name: counts.tolist() for name, counts in self._counts.items()}
-        torch.distributed.all_gather_object(everywhere, mine)
-        self._counts = {
-            name: torch.stack([torch.tensor(counts[name]) for counts in everywhere if name in counts]).sum(0)
-            for name in self.routers
-            if any(name in counts for counts in everywhere)
-        }
 
     @torch.no_grad()
     def _count(self, call: RouterCall) -> None:

@@ -31,11 +31,13 @@ class ModelCall:
         batch_size (`int`, *optional*): Number of sequences, if it is known.
         has_gradient (`bool`): Whether the model was called with gradients enabled. Its layers are not in the first pass of
             reentrant gradient checkpointing.
+        is_packed (`bool`): Whether it was called with `position_ids` and no mask, as where a row holds several texts.
     """
 
     mask: torch.Tensor | None
     batch_size: int | None
     has_gradient: bool
+    is_packed: bool = False
 
 
 @dataclass
@@ -106,10 +108,65 @@ class RouterCall:
         return None if self.model_call is None else self.model_call.batch_size
 
     @property
+    def is_packed(self) -> bool:
+        """Whether a row may hold several texts."""
+        return self.model_call is not None and self.model_call.is_packed
+
+    @property
     def is_training(self) -> bool:
         """Whether this pass belongs to a training step."""
         has_gradient = torch.is_grad_enabled() if self.model_call is None else self.model_call.has_gradient
         return self.router.module.training and has_gradient
+
+
+class ModelCalls:
+    """
+    The forward passes that are running, of the model and of models inside it.
+
+    Args:
+        model (`torch.nn.Module`): The model, or a module around it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._running: list[ModelCall] = []
+
+    @property
+    def current(self) -> ModelCall | None:
+        """The innermost one; None outside of the model, as in recomputation."""
+        return self._running[-1] if self._running else None
+
+    def attach(self) -> list[RemovableHandle]:
+        """Begin to watch."""
+        self._running.clear()
+        handles = []
+        for module in self._model.modules():
+            if isinstance(module, PreTrainedModel) and router_specs(module):
+                handles.append(module.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave_model, always_call=True))
+        return handles
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        around = self._running[-1] if self._running else ModelCall(None, None, torch.is_grad_enabled())
+        arguments = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
+        arguments = arguments | kwargs
+        # An inner model may be called with a prepared mask or none; then the mask of the model around it counts.
+        mask = _padding_mask(arguments.get("attention_mask"))
+        inputs = [arguments.get("input_ids"), arguments.get("inputs_embeds")]
+        sizes = [tensor.shape[0] for tensor in inputs if tensor is not None]
+        is_packed = arguments.get("position_ids") is not None and arguments.get("attention_mask") is None
+        self._running.append(
+            ModelCall(
+                around.mask if mask is None else mask,
+                sizes[0] if sizes else around.batch_size,
+                around.has_gradient and torch.is_grad_enabled(),
+                is_packed if len(self._running) == 0 else around.is_packed,
+            )
+        )
+
+    def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._running:
+            self._running.pop()
 
 
 Listener = Callable[[RouterCall], Any]
@@ -134,7 +191,8 @@ class RouterHooks:
         self.routers = find_routers(model)
         self._handles: list[RemovableHandle] = []
         self._listeners: list[Listener] = []
-        self._running: list[ModelCall] = []
+        self._calls = ModelCalls(model)
+        self._scores: dict[str, str] = {}
         self._seen: dict[str, list[ModelCall | None]] | None = None
 
     def add(self, listener: Listener, sees_recomputation: bool = False) -> None:
@@ -151,24 +209,25 @@ class RouterHooks:
             self._seen = defaultdict(list)
         if self._handles:
             return
-        for module in self.model.modules():
-            if isinstance(module, PreTrainedModel) and router_specs(module):
-                self._handles.append(module.register_forward_pre_hook(self._enter_model, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._leave_model, always_call=True))
+        self._handles = self._calls.attach()
         for name, router in self.routers.items():
             self._handles.append(
                 router.module.register_forward_hook(self._router_hook(name, router), with_kwargs=True)
             )
 
     def remove(self, listener: Listener) -> None:
-        """Remove a listener, and the hooks with the last one."""
-        self._listeners.remove(listener)
+        """Remove a listener if it is still there, and the hooks with the last one."""
+        self._listeners = [other for other in self._listeners if other != listener]
         if not self._listeners:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            self._running.clear()
-            self._seen = None
+            self.close()
+
+    def close(self) -> None:
+        """Remove all listeners and hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._listeners.clear()
+        self._seen = None
 
     def forget(self) -> None:
         """Forget the passes of an optimizer step, whose gradients are there."""
@@ -182,34 +241,19 @@ class RouterHooks:
         Raises:
             ValueError: if it is none of them.
         """
-        has_bias = find_selection_bias(self.model, call.name) is not None
-        return call.router.find_score(call.output, "sigmoid" if has_bias else "softmax")
-
-    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        around = self._running[-1] if self._running else ModelCall(None, None, torch.is_grad_enabled())
-        arguments = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
-        arguments = arguments | kwargs
-        # An inner model may be called with a prepared mask or none; then the mask of the model around it counts.
-        mask = _padding_mask(arguments.get("attention_mask"))
-        inputs = [arguments.get("input_ids"), arguments.get("inputs_embeds")]
-        sizes = [tensor.shape[0] for tensor in inputs if tensor is not None]
-        self._running.append(
-            ModelCall(
-                around.mask if mask is None else mask,
-                sizes[0] if sizes else around.batch_size,
-                around.has_gradient and torch.is_grad_enabled(),
-            )
-        )
-
-    def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._running:
-            self._running.pop()
+        if call.name not in self._scores:
+            has_bias = find_selection_bias(self.model, call.name) is not None
+            try:
+                self._scores[call.name] = call.router.find_score(call.output, "sigmoid" if has_bias else "softmax")
+            except ValueError as error:
+                raise ValueError(f"{call.name}: {error}") from error
+        return self._scores[call.name]
 
     def _router_hook(self, name: str, router: Router):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             # A router that runs inside a backward pass is run for the second time, by gradient checkpointing.
             is_recomputation = torch._C._current_graph_task_id() != -1
-            model_call = self._running[-1] if self._running else None
+            model_call = self._calls.current
             if self._seen is not None and is_recomputation and self._seen[name]:
                 # Backward passes run the other way round, the last forward pass first.
                 model_call = self._seen[name].pop()

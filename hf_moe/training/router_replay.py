@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .attach import Attachment, MoeCallback
+from .router_hooks import ModelCalls
 from .routers import Router, find_routers
 
 
@@ -27,7 +28,8 @@ class RouterReplay:
     (https://huggingface.co/papers/2510.11370), and in the second pass of gradient checkpointing, where the smallest
     difference can change a choice that was nearly a tie, and with it the shapes of tensors.
 
-    Works for routers that choose with `topk`, `sort`, `argmax` or `max`, also limited to groups or with a bias.
+    Works for routers that choose with `topk`, `sort`, `argmax` or `max` and return the choice, also limited to groups or with a
+    bias; others are refused in their first pass.
 
     Args:
         model (`torch.nn.Module`): The model, or a module around it.
@@ -48,7 +50,10 @@ class RouterReplay:
 
     def __init__(self, model: nn.Module):
         self.routers = find_routers(model)
+        self._calls = ModelCalls(model)
         self._num_selections: dict[str, int] = {}
+        self._first_passes: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._checked: set[str] = set()
 
     @contextmanager
     def record(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -67,6 +72,7 @@ class RouterReplay:
             if name in choices:
                 raise ValueError(f"{name} ran a second time in `record`, which is for one forward pass of the model.")
             choices[name] = selections.last(name)
+            self._check(name, choices[name], output)
 
         with self._around_routers(before, after):
             yield choices
@@ -96,27 +102,36 @@ class RouterReplay:
                 self._num_selections[name] = len(live.found)
             return _Selections(given[name], self._num_selections[name], name)
 
-        with self._around_routers(before, lambda name, selections, output: None):
+        def after(name: str, selections: "_Selections", output: Any) -> None:
+            if name in given:
+                self._check(name, selections.last(name), output)
+
+        with self._around_routers(before, after):
             yield
 
     @contextmanager
     def in_recomputation(self) -> Iterator["RouterReplay"]:
         """
         Let the second pass of gradient checkpointing choose what the first chose. Call [`~RouterReplay.forget`] after every
-        optimizer step.
+        optimizer step. Passes of the model without gradients do not count; of those with gradients, the backward passes have
+        to run in the opposite order, as in one `backward` of a sum of losses.
         """
-        self._first_passes: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.forget()
 
         def before(name: str, router: Router, args: tuple, kwargs: dict) -> "_Selections":
             is_recomputation = torch._C._current_graph_task_id() != -1
             if is_recomputation and self._first_passes[name]:
                 # Backward passes run the other way round, the last forward pass first.
                 return _Selections(self._first_passes[name].pop(), self._num_selections[name], name)
-            return _Selections(keep=router.module.training and not is_recomputation)
+            model_call = self._calls.current
+            has_gradient = torch.is_grad_enabled() if model_call is None else model_call.has_gradient
+            return _Selections(keep=router.module.training and has_gradient and not is_recomputation)
 
         def after(name: str, selections: "_Selections", output: Any) -> None:
             if selections.keep:
-                self._first_passes[name].append(selections.last(name))
+                chosen = selections.last(name)
+                self._check(name, chosen, output)
+                self._first_passes[name].append(chosen)
                 self._num_selections[name] = len(selections.found)
 
         with self._around_routers(before, after):
@@ -126,10 +141,22 @@ class RouterReplay:
         """Forget the first passes that had no second one."""
         self._first_passes.clear()
 
+    def _check(self, name: str, chosen_TK: torch.Tensor, output: Any) -> None:
+        """Once for each router, whether what was selected last is what the router says that it chose."""
+        if name in self._checked:
+            return
+        router = self.routers[name]
+        index_TK = router.top_k_index(output)
+        if chosen_TK.shape != index_TK.shape or not torch.equal(chosen_TK, index_TK.to(chosen_TK.dtype)):
+            raise ValueError(
+                f"{name} ({type(router.module).__name__}) does not return what it selects last, so that its choice cannot be replayed."
+            )
+        self._checked.add(name)
+
     @contextmanager
     def _around_routers(self, before: Callable, after: Callable) -> Iterator[None]:
         running: dict[str, _Selections] = {}
-        handles = []
+        handles = self._calls.attach()
 
         def hooks_of(name: str, router: Router) -> tuple[Callable, Callable]:
             def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -207,9 +234,9 @@ class _Selections(TorchFunctionMode):
         with torch.no_grad():
             result = func(*args, **kwargs)
         index = result if isinstance(result, torch.Tensor) else result.indices
-        self.found.append(index)
-        if self.given_TK is not None and len(self.found) == self.number:
+        if self.given_TK is not None and len(self.found) + 1 == self.number:
             index = self._given_for(index)
+        self.found.append(index)
         if isinstance(result, torch.Tensor):
             return index
         # In every pass alike, since checkpointing compares what the two save for the backward pass.

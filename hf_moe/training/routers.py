@@ -48,20 +48,29 @@ class Router(NamedTuple):
             is_choice = width < logits_TE.shape[-1] if self.top_k is None else width == self.top_k
             if is_choice and tensor.numel() == len(logits_TE) * width:
                 return tensor.reshape(len(logits_TE), width)
-        if self.top_k is None:
+        has_bias = any(name.rpartition(".")[2] in SELECTION_BIASES for name in self.module.state_dict())
+        if self.top_k is None or has_bias:
             raise ValueError(
-                f"{type(self.module).__name__} does not say which experts it chose, and the configuration not how many (none of "
-                f"{', '.join(TOP_K_FIELDS)}), so its routing cannot be recorded."
+                f"{type(self.module).__name__} does not say which experts it chose, and "
+                + (
+                    "chooses with a bias"
+                    if has_bias
+                    else f"the configuration not how many (none of {', '.join(TOP_K_FIELDS)})"
+                )
+                + ", so its routing cannot be recorded."
             )
         return logits_TE.topk(self.top_k, dim=-1).indices
 
     def top_k_weights(self, output: Any) -> torch.Tensor | None:
-        """`(T, K)` routing weights, if the output shows them."""
-        index_TK = self.top_k_index(output)
+        """`(T, K)` routing weights, if the output shows them, for the chosen experts or for all."""
+        index_TK, logits_TE = self.top_k_index(output), self.logits(output)
         for place, tensor in enumerate(output if isinstance(output, tuple) else ()):
-            is_other = place != self.logits_index and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            if is_other and tensor.shape[-1:] == index_TK.shape[-1:] and tensor.numel() == index_TK.numel():
+            if place == self.logits_index or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                continue
+            if tensor.shape[-1:] == index_TK.shape[-1:] and tensor.numel() == index_TK.numel():
                 return tensor.reshape(index_TK.shape)
+            if tensor.shape[-1:] == logits_TE.shape[-1:] and tensor.numel() == logits_TE.numel():
+                return tensor.reshape(logits_TE.shape).gather(-1, index_TK)
         return None
 
     @torch.no_grad()
@@ -78,15 +87,21 @@ class Router(NamedTuple):
         """
         weights_TK = self.top_k_weights(output)
         if weights_TK is None:
-            return hint
+            raise ValueError(
+                f"{type(self.module).__name__} does not return its routing weights. Say with `score` what it makes of its logits: one of "
+                f"{', '.join(SCORES)}."
+            )
         logits_TE, index_TK = self.logits(output), self.top_k_index(output)
+        if index_TK.shape[-1] == 1 and torch.allclose(weights_TK, weights_TK[:1]):
+            return hint  # a single weight, normalised, is 1 whatever it was made of
         # Weights may be normalised and scaled: their proportions count, of a token's K, or of all tokens if K is 1.
         dim = -1 if index_TK.shape[-1] > 1 else 0
         index_TK, is_expert_TK = index_TK.clamp(max=logits_TE.shape[-1] - 1), index_TK < logits_TE.shape[-1]
 
         def proportions(values_TK: torch.Tensor) -> torch.Tensor:
             values_TK = values_TK.float() * is_expert_TK
-            return values_TK / values_TK.sum(dim, keepdim=True).clamp(min=1e-20)
+            total = values_TK.sum(dim, keepdim=True) if dim else values_TK.mean(dim, keepdim=True)
+            return values_TK / total.clamp(min=1e-20)
 
         measured_TK = proportions(weights_TK)
         errors = {
@@ -112,6 +127,10 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
         ValueError: if there is none.
     """
     routers = _declared_routers(model)
+    # A module that holds a router, and is declared as one too, is not the router.
+    routers = {
+        name: router for name, router in routers.items() if not any(of.startswith(f"{name}.") for of in routers)
+    }
     if not routers:
         raise ValueError(
             f"{type(model).__name__} declares no router: neither it nor a model inside it records `router_logits`. Is it a "

@@ -12,12 +12,14 @@ from transformers.utils import logging
 from ..models import losses
 from .attach import Attachment, MoeCallback
 from .history import RoutingHistory
-from .load_balancing import is_first_process, sum_on_first_process, sum_over_ranks
+from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
 from .statistics import LayerRouting, RoutingStatistics, layer_number
 
 
 logger = logging.get_logger(__name__)
+
+MAX_PENDING = 64  # passes of a router
 
 
 class RouterStatisticsCallback(MoeCallback):
@@ -52,15 +54,19 @@ class RouterStatisticsCallback(MoeCallback):
     """
 
     def __init__(self, per_layer: bool = False, folder: str | None = None):
-        super().__init__(per_layer=per_layer, folder=folder)
         self.per_layer, self.folder = per_layer, folder
         self._hooks: RouterHooks | None = None
+        super().__init__(per_layer=per_layer, folder=folder)
+
+    def reset(self) -> None:
         # Per router: slots of each expert, number of tokens, passes with logits that are not finite; sums of losses, their number.
         self._counts: dict[str, torch.Tensor] = {}
         self._losses: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, list[tuple[torch.Tensor, ...]]] = {}
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         self._hooks = attachment.hooks(model)
+        self._sum_counts, self._sum_losses = RankSum(self._hooks, torch.int64), RankSum(self._hooks)
         self._scores: dict[str, str | None] = {}
         self._sees_losses, self._step = True, attachment.trainer.state.global_step
         if self.folder is not None and attachment.trainer.is_world_process_zero():
@@ -77,12 +83,13 @@ class RouterStatisticsCallback(MoeCallback):
         by_steps = args.logging_strategy == IntervalStrategy.STEPS
         self._sees_losses = not by_steps or is_first or (state.global_step + 1) % state.logging_steps == 0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def after_step(self, args, state, control, **kwargs):
         self._step = state.global_step
-        if control.should_save:
-            # The first process saves for all.
-            self._counts = sum_on_first_process(self._counts)
-            self._losses = sum_on_first_process(self._losses)
+
+    def pool(self) -> None:
+        self._add_pending()
+        self._counts = self._sum_counts.on_first(self._counts)
+        self._losses = self._sum_losses.on_first(self._losses)
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
@@ -90,6 +97,7 @@ class RouterStatisticsCallback(MoeCallback):
             _draw(self.folder)
 
     def save_state(self) -> dict[str, Any]:
+        self._add_pending()
         sums = {"counts": self._counts, "losses": self._losses}
         return {key: {name: tensor.tolist() for name, tensor in of.items()} for key, of in sums.items()}
 
@@ -99,7 +107,8 @@ class RouterStatisticsCallback(MoeCallback):
             self._losses = {name: torch.tensor(values) for name, values in state["losses"].items()}
 
     def metrics(self) -> dict[str, float]:
-        counts, sums = sum_over_ranks(self._counts), sum_over_ranks(self._losses)
+        self._add_pending()
+        counts, sums = self._sum_counts(self._counts), self._sum_losses(self._losses)
         self._counts, self._losses = {}, {}
         if not counts:
             return {}
@@ -124,13 +133,24 @@ class RouterStatisticsCallback(MoeCallback):
         return {f"moe/{key}": value for key, value in metrics.items()}
 
     @torch.no_grad()
+    def _add_pending(self) -> None:
+        """Add up what was put aside, which is done for many passes at once, since it costs as much as for one."""
+        for name, passes in self._pending.items():
+            counts, tokens, sums = (torch.stack(values) for values in zip(*passes, strict=True))
+            num_broken = (~sums.isfinite()).sum()
+            added = torch.cat([counts.sum(0), torch.stack([tokens.sum(), num_broken.to(tokens)])]).long()
+            self._counts[name] = added + self._counts.get(name, torch.zeros_like(added)).to(added.device)
+        self._pending = {}
+
+    @torch.no_grad()
     def _add(self, call: RouterCall) -> None:
         if not call.is_training or call.is_recomputation:
             return
         name, logits_TE = call.name, call.logits_TE.float()
-        is_broken = ~logits_TE.sum().isfinite()
-        counts = torch.cat([call.counts_E, call.num_tokens.reshape(1), is_broken.to(call.counts_E).reshape(1)]).long()
-        self._counts[name] = self._counts.get(name, torch.zeros_like(counts)).to(counts.device) + counts
+        pending = self._pending.setdefault(name, [])
+        pending.append((call.counts_E, call.num_tokens, logits_TE.sum()))
+        if len(pending) >= MAX_PENDING:
+            self._add_pending()
         if not self._sees_losses:
             return
         if name not in self._scores:
@@ -143,7 +163,9 @@ class RouterStatisticsCallback(MoeCallback):
                 else one * 0
             )
             z = losses.z_loss(logits_TE, call.mask_T)
-        sums = torch.stack([balance, z, one * bool(score), one])
+        # A router that returns probabilities for logits has no z-loss.
+        has_z = score != "identity"
+        sums = torch.stack([balance, z * has_z, one * bool(score), one * has_z])
         self._losses[name] = self._losses.get(name, torch.zeros_like(sums)).to(sums.device) + sums
 
     def _find_score(self, call: RouterCall) -> str | None:

@@ -18,7 +18,13 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerState
 
-from hf_moe import BiasBalancingCallback, RouterStatisticsCallback, RoutingHistory
+from hf_moe import (
+    BiasBalancingCallback,
+    ExpertCollapseCallback,
+    LoadBalancingCallback,
+    RouterStatisticsCallback,
+    RoutingHistory,
+)
 from hf_moe.training.load_balancing import LoadBalancer
 from hf_moe.training.routers import find_routers
 
@@ -57,27 +63,34 @@ def sharded_gradients(model_kind: str, rank: int, use_reentrant: bool | None) ->
     return found
 
 
-def watched(folder: Path, steps_per_update: int) -> dict[str, Any]:
+def watched(folder: Path, steps_per_update: int, save: str) -> dict[str, Any]:
     """What the callbacks know after two optimizer steps of four rows, with a checkpoint before anything is logged."""
     statistics, bias = RouterStatisticsCallback(folder=str(folder / "routing")), BiasBalancingCallback(0.01)
+    balance, collapse = LoadBalancingCallback("global_batch", adaptive=True), ExpertCollapseCallback(2)
     trainer = make_trainer(
         trainable("deepseek_v3"),
         folder,
         statistics,
         bias,
+        balance,
+        collapse,
         data=rows(8),
         max_steps=2,
         gradient_accumulation_steps=steps_per_update,
         learning_rate=0.0,
-        save_strategy="steps",
+        save_strategy=save,
         save_steps=1,
+        logging_steps=2 if save == "steps" else 100,
     )
     trainer.train()
-    saved = TrainerState.load_from_json(str(folder / "checkpoint-1" / "trainer_state.json")).stateful_callbacks
-    (line,) = RoutingHistory.load(folder / "routing").statistics
+    checkpoint = "checkpoint-1" if save == "steps" else "checkpoint-2"
+    saved = TrainerState.load_from_json(str(folder / checkpoint / "trainer_state.json")).stateful_callbacks
+    lines = RoutingHistory.load(folder / "routing").statistics
     return {
-        "counts": {name: layer.counts.tolist() for name, layer in line.layers.items()},
+        "counts": [{name: layer.counts.tolist() for name, layer in line.layers.items()} for line in lines],
         "saved": saved["RouterStatisticsCallback"]["state"]["counts"],
+        "collapse": saved["ExpertCollapseCallback"]["state"],
+        "balance": saved["LoadBalancingCallback"]["state"],
         "logged": {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("moe/")},
         "bias": bias.save_state(),
     }
@@ -95,7 +108,8 @@ def main(folder: str, rank: int) -> None:
             results[model_kind, f"FSDP2, {use_reentrant=}"] = sharded_gradients(model_kind, rank, use_reentrant)
         if model_kind != "moe_llama":
             results[model_kind, "transformers"] = {"native": native_gradient(model_kind, rows())}
-    results["deepseek_v3", "callbacks"] = watched(Path(folder, "watched"), steps_per_update=1)
+    for save in ("steps", "epoch"):
+        results["deepseek_v3", f"callbacks, {save}"] = watched(Path(folder, save), 1, save)
     torch.save(results, f"{folder}/gradients{rank}.pt")
     distributed.barrier()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callbacks under Trainer and TRL's trainers: what they log, steer, save and go on with, and what they refuse."""
 
+import gc
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from conftest import dense_model, moe_model, save_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from router_gradients import rows, trainable
+from safetensors.torch import load_file
 from small_models import small_moe
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
@@ -24,6 +26,7 @@ from hf_moe import (
     BiasBalancingCallback,
     LoadBalancingCallback,
     RouterFreezeCallback,
+    RouterReplayCallback,
     RouterStatisticsCallback,
     RoutingHistory,
     add_moe_callbacks,
@@ -147,7 +150,7 @@ def test_tensorboard_has_the_keys(tmp_path):
     trainer.train()
     (events,) = tmp_path.rglob("events.out*")
     reader = EventAccumulator(str(events)).Reload()
-    for key in [*KEYS, "global_batch_loss"]:
+    for key in [*KEYS, "balance/global_batch"]:
         assert [event.value for event in reader.Scalars(f"train/moe/{key}")] == pytest.approx(
             logged(trainer, f"moe/{key}")
         )
@@ -256,13 +259,16 @@ def test_a_resumed_training_is_the_same(is_adapter, tmp_path):
         return make_trainer(model, folder, *callbacks, **arguments)
 
     whole, other = resumed(make, tmp_path, gradient_accumulation_steps=2)
-    for key in ("moe/load_cv", "moe/z_loss", "moe/aux_loss", *([] if is_adapter else ["moe/global_batch_loss"])):
+    for key in ("moe/load_cv", "moe/z_loss", "moe/aux_loss", *([] if is_adapter else ["moe/balance/global_batch"])):
         assert len(logged(whole, key)) == 3
         assert logged(other, key) == pytest.approx(logged(whole, key), abs=1e-5), key
     ours = [[callback.state() for callback in trainer.callback_handler.callbacks[-4:]] for trainer in (whole, other)]
     assert ours[0][0] == ours[1][0]  # the bias
     assert ours[0][1]["state"]["num_steps"] == ours[1][1]["state"]["num_steps"] == 6
-    assert json.dumps(ours[0][1]["state"]["window"]) == json.dumps(ours[1][1]["state"]["window"])
+    for key in ("window", "coefs"):
+        assert ours[0][1]["state"][key].keys() == ours[1][1]["state"][key].keys()
+        for name, values in ours[0][1]["state"][key].items():
+            assert values == pytest.approx(ours[1][1]["state"][key][name], rel=1e-6)
     biases = [
         {name: router.module.e_score_correction_bias for name, router in find_routers(trainer.model).items()}
         for trainer in (whole, other)
@@ -396,6 +402,67 @@ def test_two_trainers_of_one_model(tmp_path):
         assert callback.attachment.trainer is trainer
 
 
+class Stop(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_what_an_interrupted_training_left_is_taken_away(is_kept, tmp_path):
+    model = trainable("mixtral")
+    trainer = make_trainer(model, tmp_path, LoadBalancingCallback("switch"), RouterStatisticsCallback())
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    if not is_kept:
+        del trainer
+        gc.collect()
+    make_trainer(model, tmp_path, LoadBalancingCallback("switch"), max_steps=1).train()
+    assert not any(router.module._forward_hooks for router in find_routers(model).values())
+
+
+def test_a_second_training_begins_anew(tmp_path):
+    callbacks = [LoadBalancingCallback("switch", warmup_steps=2), BiasBalancingCallback()]
+    trainer = make_trainer(trainable("deepseek_v3"), tmp_path, *callbacks)
+    for _ in range(2):
+        trainer.train()
+        assert callbacks[0].balancer.num_steps == 4
+    first = callbacks[1].save_state()
+    trainer.model.get_submodule(next(iter(first))).e_score_correction_bias.fill_(7.0)
+    trainer.train()
+    assert callbacks[1].save_state()[next(iter(first))] == pytest.approx([7.0] * 4, abs=0.1)
+
+
+def test_checkpoints_do_not_grow(tmp_path):
+    callbacks = [LoadBalancingCallback("switch"), LoadBalancingCallback("z")]
+    make_trainer(trainable("mixtral"), tmp_path, *callbacks, save_strategy="steps", save_steps=1).train()
+    for step in range(1, 5):
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert [one["state"]["num_steps"] for one in state["stateful_callbacks"]["LoadBalancingCallback"]] == [
+            step,
+            step,
+        ]
+
+
+def test_the_bias_beside_the_best_adapter(tmp_path):
+    """The first checkpoint is the best, since the learning rate is far too high."""
+    model = get_peft_model(small_moe("deepseek_v3"), LoraConfig(r=2, target_modules=["kv_b_proj"]))
+    arguments = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 3.0,
+    }
+    trainer = make_trainer(model, tmp_path, BiasBalancingCallback(0.01), load_best_model_at_end=True, **arguments)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-4"
+    assert (tmp_path / "router_bias.safetensors").read_bytes() == (best / "router_bias.safetensors").read_bytes()
+    for name, bias in load_file(best / "router_bias.safetensors").items():
+        assert torch.equal(model.get_submodule(f"base_model.model.{name}").e_score_correction_bias, bias)
+
+
 def test_a_history_is_not_overwritten(tmp_path):
     for step in range(2):
         trainer = make_trainer(trainable("mixtral"), tmp_path / "out", RouterStatisticsCallback(folder=str(tmp_path)))
@@ -455,18 +522,25 @@ def trl_trainer(name: str, tmp_path: Path, **options: Any) -> Trainer:
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_trl(name, is_adapter, tmp_path, caplog):
-    options = (
-        {"peft_config": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.gate"])} if is_adapter else {}
-    )
-    trainer = trl_trainer(name, tmp_path, **options)
-    add_moe_callbacks(trainer, LoadBalancingCallback("switch", 10.0, grad_to="router"), RouterStatisticsCallback())
-    before = [router.module.weight.detach().clone() for router in find_routers(trainer.model).values()]
-    with caplog.at_level("WARNING"):
-        trainer.train()
+    """With a coefficient the routers become other than without: the trainings are the same in all else."""
+    peft_config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp.gate"])
+    weights = []
+    for coef in (0.0, 10.0):
+        trainer = trl_trainer(name, tmp_path, **({"peft_config": peft_config} if is_adapter else {}))
+        add_moe_callbacks(
+            trainer,
+            LoadBalancingCallback("switch", coef, grad_to="router"),
+            RouterStatisticsCallback(),
+            RouterReplayCallback(),
+        )
+        with caplog.at_level("WARNING"):
+            trainer.train()
+        weights.append([router.module.weight.detach().clone() for router in find_routers(trainer.model).values()])
+        assert len(logged(trainer, "moe/balance/switch")) == (2 if coef else 0)
+        assert len(logged(trainer, "moe/entropy")) == 2
     assert "own balance loss" not in caplog.text
-    assert len(logged(trainer, "moe/switch_loss")) == len(logged(trainer, "moe/entropy")) == 2
-    after = [router.module.weight for router in find_routers(trainer.model).values()]
-    assert any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+    changed = [not torch.equal(*pair) for pair in zip(*weights, strict=True)]
+    assert any(changed) if is_adapter else all(changed)  # an adapter has the routers it was made from besides
 
 
 def test_reinforcement_learning_has_no_balance_loss_by_default(tmp_path, caplog):
@@ -475,7 +549,7 @@ def test_reinforcement_learning_has_no_balance_loss_by_default(tmp_path, caplog)
     with caplog.at_level("WARNING"):
         trainer.train()
     assert "no balance loss with GRPOTrainer, where it is known to spoil" in caplog.text
-    assert not logged(trainer, "moe/switch_loss")
+    assert not logged(trainer, "moe/balance/switch")
     assert logged(trainer, "moe/entropy")
 
 
@@ -483,4 +557,4 @@ def test_reinforcement_learning_with_a_coefficient(tmp_path):
     trainer = trl_trainer("grpo", tmp_path)
     add_moe_callbacks(trainer, LoadBalancingCallback(coef=0.1))
     trainer.train()
-    assert len(logged(trainer, "moe/switch_loss")) == 2
+    assert len(logged(trainer, "moe/balance/switch")) == 2

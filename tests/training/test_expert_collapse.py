@@ -70,6 +70,29 @@ def test_a_dead_expert_becomes_a_copy_of_the_busiest(kind, tmp_path, caplog):
     assert {2, donor} <= set(counted[0].flatten().tolist())
 
 
+def test_most_experts_are_dead(tmp_path, caplog):
+    """Two of eight live: the others become copies of these in turn, each with a router's row of its own."""
+    model = trainable("mixtral", num_local_experts=8)
+    routers = list(find_routers(model).values())
+    handles = [
+        router.module.register_forward_hook(
+            lambda m, a, o: (o[0], o[1], torch.tensor([[5, 3]]).expand_as(o[2]).contiguous())
+        )
+        for router in routers
+    ]
+    with caplog.at_level("WARNING"):
+        make_trainer(model, tmp_path, ExpertCollapseCallback(2, "reseed"), max_steps=2, learning_rate=0.0).train()
+    assert "experts [0, 1, 2, 4, 6, 7] of layer 0" in caplog.text
+    assert (
+        "copies of the experts [3, 5, 3, 5, 3, 5]" in caplog.text
+        or "copies of the experts [5, 3, 5, 3, 5, 3]" in caplog.text
+    )
+    rows_of = torch.cat([router.module.weight for router in routers])
+    assert len(rows_of.unique(dim=0)) == 8 * len(routers)
+    for handle in handles:
+        handle.remove()
+
+
 def test_state_goes_on(tmp_path):
     arguments = {
         "max_steps": 4,

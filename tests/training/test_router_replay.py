@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choices are replayed on every layout, with weights and gradients of the logits at hand."""
 
+import contextlib
+
 import pytest
 import torch
-from conftest import assert_close
+import transformers
+from conftest import TINY, assert_close
 from router_gradients import rows
 from small_models import ALL, small_moe
 from test_callbacks import make_trainer
@@ -136,6 +139,35 @@ def test_recomputation_chooses_what_the_first_pass_chose(use_reentrant):
         with pytest.raises(CheckpointError, match="have different metadata"):
             one_step(is_replayed=False)
     assert one_step(is_replayed=True).isfinite().all()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_pass_without_gradients_in_between_does_not_count(use_reentrant):
+    """As DPO's reference has it, between the policy's pass and its backward pass."""
+
+    def gradients(is_replayed: bool) -> torch.Tensor:
+        model = small_moe("mixtral").requires_grad_(True).train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        context = RouterReplay(model).in_recomputation() if is_replayed else contextlib.nullcontext()
+        with context:
+            loss = model(ids(2)).logits.logsumexp(-1).mean()
+            with torch.no_grad():
+                model(ids(4)[2:])
+            loss.backward()
+        return torch.stack([router.module.weight.grad for router in find_routers(model).values()])
+
+    assert torch.equal(gradients(True), gradients(False))
+
+
+def test_routers_that_hide_their_choice_are_refused():
+    config = transformers.PhimoeConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)
+    model = transformers.PhimoeForCausalLM(config)
+    with (
+        pytest.raises(ValueError, match="PhimoeTopKRouter.* does not return what it selects last"),
+        RouterReplay(model).record(),
+    ):
+        model(ids())
 
 
 def test_the_callback(tmp_path):
