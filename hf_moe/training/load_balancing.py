@@ -150,7 +150,7 @@ class LoadBalancer:
         self._parameters = parameters_around(self._hooks.model, self._hooks.routers)
         self._scores: dict[str, str] = {}
         self._counts: dict[str, torch.Tensor] = {}
-        self._num_added, self._num_arrived, self._has_arrived = 0, 0, False
+        self._num_added, self._num_arrived, self._was_checked = 0, 0, False
         self._hooks.add(self._add_gradient, sees_recomputation=True)
         return self
 
@@ -165,8 +165,8 @@ class LoadBalancer:
         """To be called after every optimizer step; with several processes, by each."""
         if self._hooks is None:
             raise ValueError("This LoadBalancer is attached to no model: call `attach(model)` first.")
-        if self._num_added and not self._num_arrived and not self._has_arrived:
-            logger.warning_once(
+        if self._num_added and not self._num_arrived and not self._was_checked:
+            logger.warning(
                 f"The gradient of the balance loss {self.kind!r} was added to no backward pass: what the routers return does not "
                 "reach the loss."
             )
@@ -176,7 +176,7 @@ class LoadBalancer:
                 self._coefs = {name: self._adapted_coef(name, window[:-2]) for name, window in self._window.items()}
             elif self.kind == "sparsity":
                 self._coefs = self._coefs_for_sparsity()
-        self._has_arrived = self._has_arrived or self._num_arrived > 0
+        self._was_checked = self._was_checked or self._num_added > 0
         self._counts, self._num_added, self._num_arrived = {}, 0, 0
         self.num_steps += 1
         self._hooks.forget()

@@ -11,8 +11,8 @@ class RankSum:
     """
     Adds up what the processes have counted of each router.
 
-    All processes make every call, also those in which some router has not run. The lengths of the tensors are agreed on in the
-    first call.
+    All processes make every call, also those in which some router has not run. The lengths of the tensors are agreed on once all
+    routers have run; until then that is a second, small reduction.
 
     Args:
         hooks (`RouterHooks`): The hooks on the model, whose routers give the order.
@@ -22,14 +22,14 @@ class RankSum:
     def __init__(self, hooks: RouterHooks, dtype: torch.dtype = torch.float32):
         self._names, self._dtype = list(hooks.routers), dtype
         self._device = next(hooks.model.parameters()).device
-        self._lengths: list[int] | None = None
+        self._lengths = [0] * len(self._names)
 
     def __call__(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums over all processes, by router, of those that have run anywhere."""
         if not distributed.is_initialized():
             return dict(sums)
         mine = [len(sums[name]) if name in sums else 0 for name in self._names]
-        if self._lengths is None:
+        if not all(self._lengths):
             lengths = torch.tensor(mine, device=self._device)
             distributed.all_reduce(lengths, distributed.ReduceOp.MAX)
             self._lengths = lengths.tolist()
@@ -40,10 +40,6 @@ class RankSum:
             for name, length, agreed in zip(self._names, mine, self._lengths, strict=True)
         ]
         flat = torch.cat(parts)
-        if len(flat) != sum(self._lengths):
-            raise ValueError(
-                "A router ran for the first time after the first reduction over processes, which did not expect it."
-            )
         distributed.all_reduce(flat)
         return {name: part for name, part in zip(self._names, flat.split(self._lengths), strict=True) if len(part)}
 

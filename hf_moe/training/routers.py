@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..models.losses import SCORES, scores_of
+from ..models.losses import SCORES
 from ..models.routers import MoeRouter
 
 
@@ -105,7 +105,9 @@ class Router(NamedTuple):
 
         measured_TK = proportions(weights_TK)
         errors = {
-            score: float((proportions(scores_of(logits_TE, score).gather(-1, index_TK)) - measured_TK).abs().max())
+            score: float(
+                (proportions(SCORES[score](logits_TE.float()).gather(-1, index_TK)) - measured_TK).abs().max()
+            )
             for score in SCORES
         }
         if not logits_TE.isfinite().all():

@@ -89,7 +89,7 @@ def watched(folder: Path, steps_per_update: int, save: str) -> dict[str, Any]:
     return {
         "counts": [{name: layer.counts.tolist() for name, layer in line.layers.items()} for line in lines],
         "saved": saved["RouterStatisticsCallback"]["state"]["counts"],
-        "collapse": saved["ExpertCollapseCallback"]["state"],
+        "collapse": [counts for counts in saved["ExpertCollapseCallback"]["state"]["counts"].values() if any(counts)],
         "balance": saved["LoadBalancingCallback"]["state"],
         "logged": {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("moe/")},
         "bias": bias.save_state(),

@@ -430,10 +430,9 @@ def test_routers_inside_routers_are_the_routers():
         intermediate_size=48,
         num_local_experts=4,
     )
-    names = list(find_routers(transformers.JetMoeForCausalLM(config)))
-    assert names == [
+    assert set(find_routers(transformers.JetMoeForCausalLM(config))) == {
         f"model.layers.{layer}.{part}.router" for layer in range(2) for part in ("self_attention.experts", "mlp")
-    ]
+    }
 
 
 def test_batches_that_are_refused():
