@@ -117,7 +117,7 @@ def test_what_transformers_makes_of_its_own():
     assert (ratios["label smoothing"], ratios["`compute_loss_func`"], ratios["reentrant checkpointing"]) == (0, 0, 0)
 
 
-def test_the_last_window_of_an_epoch_is_shorter():
+def test_the_last_window_of_an_epoch_is_shorter(tmp_path):
     """Six micro-batches in windows of four: the second has two."""
     data = rows(12)
     model, gradients = trainable("mixtral"), {}
@@ -129,7 +129,7 @@ def test_the_last_window_of_an_epoch_is_shorter():
                 found.append(torch.stack([r.module.weight.grad.clone() for r in find_routers(model).values()]))
 
         arguments = transformers.TrainingArguments(
-            "unused",
+            str(tmp_path),
             per_device_train_batch_size=2,
             num_train_epochs=1,
             gradient_accumulation_steps=4,
