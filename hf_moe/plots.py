@@ -118,21 +118,14 @@ def plot_specialization(
     """
     if len(statistics) < 2:
         raise ValueError(f"Specialization is a difference between domains; given: {', '.join(statistics) or 'none'}.")
-    names = list(next(iter(statistics.values())).layers)
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure = _figure((3.2 * columns + 1, 1 + (0.9 + 0.28 * len(statistics)) * rows))
-    all_axes = np.atleast_1d(figure.subplots(rows, columns, sharey=True, squeeze=False)).ravel()
-    for axes, name in zip(all_axes, names, strict=False):
+    pictures = {}
+    for name in next(iter(statistics.values())).layers:
         loads = np.array([of_domain[name].load.numpy() for of_domain in statistics.values()])
-        image = _heat_map(axes, loads / np.maximum(loads.mean(0, keepdims=True), 1e-12))
-        axes.set_title(f"layer {layer_number(name)}", fontsize=9)
+        pictures[name] = loads / np.maximum(loads.mean(0, keepdims=True), 1e-12)
+    figure, all_axes = _heat_maps(pictures, 3.2, 0.9 + 0.28 * len(statistics), "share in domain / mean share")
+    for axes in all_axes:
         axes.set_yticks(range(len(statistics)), list(statistics))
-    for axes in all_axes[len(names) :]:
-        axes.set_axis_off()
-    _label_outside(all_axes, len(names), columns)
-    label = "share in domain / mean share"
-    figure.colorbar(image, ax=all_axes.tolist(), label=label, extend="max", shrink=min(1, 2 / rows), anchor=(0, 1))
+        axes.tick_params(labelleft=axes.get_subplotspec().is_first_col())
     return _finish(figure, path, title)
 
 
@@ -154,26 +147,16 @@ def plot_coactivation(
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    columns = min(4, len(coactivation))
-    rows = -(-len(coactivation) // columns)
-    figure = _figure((2.8 * columns + 1, 2.6 * rows + 0.5))
-    all_axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
-    for axes, (name, together) in zip(all_axes, coactivation.items(), strict=False):
+    pictures = {}
+    for name, together in coactivation.items():
         together = np.asarray(together, dtype=float)
         alone = together.diagonal()
         expected = np.outer(alone, alone)
         np.fill_diagonal(expected, 0)  # an expert is never chosen twice
-        pairs = together.sum() - alone.sum()
-        ratio = np.divide(
-            together * expected.sum(), expected * max(pairs, 1), where=expected > 0, out=np.full_like(together, np.nan)
-        )
-        image = _heat_map(axes, ratio)
-        axes.set_title(f"layer {layer_number(name)}", fontsize=9)
-    for axes in all_axes[len(coactivation) :]:
-        axes.set_axis_off()
-    _label_outside(all_axes, len(coactivation), columns)
-    label = "together / if independent"
-    figure.colorbar(image, ax=all_axes.tolist(), label=label, extend="max", shrink=min(1, 2 / rows), anchor=(0, 1))
+        num_pairs = max(together.sum() - alone.sum(), 1)
+        missing = np.full_like(together, np.nan)
+        pictures[name] = np.divide(together * expected.sum(), expected * num_pairs, where=expected > 0, out=missing)
+    figure, _ = _heat_maps(pictures, 2.8, 2.6, "together / if independent")
     return _finish(figure, path, title)
 
 
@@ -197,11 +180,23 @@ def _heat_map(axes: Any, values: np.ndarray) -> Any:
     return axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
 
 
-def _label_outside(all_axes: np.ndarray, number: int, columns: int) -> None:
-    """Leave "expert" to the lowest picture of each column."""
-    for place in range(number):
-        if place + columns < number:
-            all_axes[place].set_xlabel("")
+def _heat_maps(
+    pictures: Mapping[str, np.ndarray], width: float, height: float, label: str
+) -> "tuple[Figure, list[Any]]":
+    """A heat map of each layer, up to four side by side, with what the colours mean; sizes in inches."""
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = _figure((width * columns + 1, height * rows + 1))
+    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place, (axes, (name, values)) in enumerate(zip(all_axes, pictures.items(), strict=False)):
+        image = _heat_map(axes, values)
+        axes.set_title(f"layer {layer_number(name)}", fontsize=9)
+        if place + columns < len(pictures):
+            axes.set_xlabel("")
+    for axes in all_axes[len(pictures) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=all_axes.tolist(), label=label, extend="max", shrink=min(1, 2 / rows), anchor=(0, 1))
+    return figure, all_axes[: len(pictures)].tolist()
 
 
 def _label_layers(axes: Any, names: list[str]) -> None:
