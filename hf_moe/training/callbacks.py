@@ -123,8 +123,14 @@ class BiasBalancingCallback(MoeCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if self._is_adapter and state.is_world_process_zero and folder.is_dir():
+        if not self._is_adapter or not state.is_world_process_zero:
+            return
+        if folder.is_dir():
             self.balancer.save(folder)
+        else:
+            logger.warning(
+                f"There is no {folder}, so that the routers' bias is not beside this checkpoint of the adapter."
+            )
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self._is_adapter:
@@ -172,6 +178,10 @@ class RouterFreezeCallback(MoeCallback):
             )
         self.freeze_from, self.freeze_until, self.only_routers_until = freeze_from, freeze_until, only_routers_until
 
+    def reset(self) -> None:
+        self._routers: list[nn.Parameter] = []
+        self._others: list[nn.Parameter] = []
+
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         wrapped = attachment.trainer.model_wrapped
         if isinstance(wrapped, DistributedDataParallel) and not wrapped.find_unused_parameters:
@@ -199,8 +209,7 @@ class RouterFreezeCallback(MoeCallback):
         self._set(self._others, step >= self.only_routers_until)
 
     def end(self) -> None:
-        for parameters in (getattr(self, "_routers", []), getattr(self, "_others", [])):
-            self._set(parameters, True)
+        self._set([*self._routers, *self._others], True)
 
     def _set(self, parameters: list[nn.Parameter], is_trained: bool) -> None:
         for parameter in parameters:

@@ -78,10 +78,10 @@ class ExpertCollapseCallback(MoeCallback):
             alive = sorted(
                 (expert for expert, count in enumerate(counts) if count), key=lambda expert: -counts[expert]
             )
-            if not dead or not alive:
+            if not dead:
                 continue
             done = ""
-            if self.action == "reseed":
+            if self.action == "reseed" and alive:
                 donors = [alive[number % len(alive)] for number in range(len(dead))]
                 for expert, donor in zip(dead, donors, strict=True):
                     seed = (state.global_step * 1009 + place) * 10007 + expert  # the same on every process

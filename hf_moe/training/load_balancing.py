@@ -148,9 +148,14 @@ class LoadBalancer:
             loss_scale = loss_scale_of(accelerator, lambda: steps)
         self._loss_scale = loss_scale
         self._parameters = parameters_around(self._hooks.model, self._hooks.routers)
-        self._scores: dict[str, str] = {}
         self._counts: dict[str, torch.Tensor] = {}
         self._num_added, self._num_arrived, self._was_checked = 0, 0, False
+        is_trained = any(parameter.requires_grad for group in self._parameters.values() for parameter in group)
+        if self.base_coef and not is_trained:
+            logger.warning(
+                f"The routers of {type(self._hooks.model).__name__} are frozen, so that no balance loss {self.kind!r} is added. Train them, "
+                "for instance with `train_router=True` in an ExpertLoraConfig, or leave the loss out."
+            )
         self._hooks.add(self._add_gradient, sees_recomputation=True)
         return self
 
@@ -225,8 +230,6 @@ class LoadBalancer:
         is_trained = any(parameter.requires_grad for parameter in self._parameters[name])
         if not is_trained or not torch.is_grad_enabled() or not self.schedule:
             return None
-        if name not in self._scores:
-            self._scores[name] = self.score or cast(RouterHooks, self._hooks).find_score(call)
         with torch.autocast(call.logits_TE.device.type, enabled=False):
             loss = self._loss(self._detached(call) if self.grad_to == "router" else call)
         value = torch.stack([loss.detach(), torch.ones_like(loss)])
@@ -256,20 +259,21 @@ class LoadBalancer:
     def _loss(self, call: RouterCall) -> torch.Tensor:
         logits_TE, mask_T = call.logits_TE.float(), call.mask_T
         num_experts = logits_TE.shape[-1]
+        score = self.score or cast(RouterHooks, self._hooks).find_score(call)
         if self.kind == "z":
-            if self._scores[call.name] == "identity":
+            if score == "identity":
                 raise ValueError(f"{call.name} returns no logits but probabilities, so that there is no z-loss.")
             return losses.z_loss(logits_TE, mask_T)
         if self.kind == "sparsity":
-            if self._scores[call.name] != "relu":
+            if score != "relu":
                 raise ValueError(
                     f"'sparsity' is for routers whose weights are the relu of their logits, and those of {call.name} are the "
-                    f"{self._scores[call.name]}. Their number of experts is fixed."
+                    f"{score}. Their number of experts is fixed."
                 )
             return losses.sparsity_loss(logits_TE.relu(), call.counts_E, self._top_k(call.name), mask_T)
         if self.kind == "importance_load":
             return self._importance_load_loss(call)
-        scores_TE = losses.scores_of(logits_TE, self._scores[call.name])
+        scores_TE = losses.scores_of(logits_TE, score)
         if self.kind == "entropy":
             return losses.entropy_loss(scores_TE, mask_T)
         if self.kind == "sequence":
@@ -309,7 +313,7 @@ class LoadBalancer:
         if self.kind != "global_batch" or call.name not in self._window:
             return call.counts_E
         window = self._window[call.name].to(call.logits_TE.device)
-        return call.counts_E + (1 - 1 / window[-1]) * window[:-2]
+        return call.counts_E + (1 - 1 / window[-1].clamp(min=1)) * window[:-2]
 
     @property
     def _needs_counts(self) -> bool:
@@ -325,7 +329,10 @@ class LoadBalancer:
     def _coefs_for_sparsity(self) -> dict[str, torch.Tensor]:
         """ReMoE's, one for all layers: up where experts are chosen more often than they should be, else down."""
         excess = torch.stack(
-            [window[:-2].sum() / window[-2] / self._top_k(name) - 1 for name, window in self._window.items()]
+            [
+                window[:-2].sum() / window[-2].clamp(min=1) / self._top_k(name) - 1
+                for name, window in self._window.items()
+            ]
         ).mean()
         coef = next(iter(self._coefs.values()), torch.tensor(self.base_coef)).to(excess.device)
         coef = coef * SPARSITY_FACTOR ** excess.sign()

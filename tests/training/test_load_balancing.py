@@ -213,9 +213,11 @@ def test_only_the_router_is_reached():
 
 
 @pytest.mark.parametrize("grad_to", ["all", "router"])
-def test_frozen_routers_bend_nothing(grad_to):
+def test_frozen_routers_bend_nothing(grad_to, caplog):
     model = get_peft_model(small_moe("mixtral"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    balancer = LoadBalancer("switch", 1.0, grad_to).attach(model.train())
+    with caplog.at_level("WARNING"):
+        balancer = LoadBalancer("switch", 1.0, grad_to).attach(model.train())
+    assert "are frozen, so that no balance loss 'switch' is added" in caplog.text
     (model(torch.stack([row["input_ids"] for row in rows()])).logits.sum() * 0).backward()
     assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
     assert not balancer.values()
@@ -412,12 +414,12 @@ def test_scores_of_a_single_expert():
         model = small_moe(kind, **values).train().requires_grad_(True)
         balancer = LoadBalancer("switch").attach(model)
         model(torch.stack([row["input_ids"] for row in rows()]))
-        assert set(balancer._scores.values()) == {score}, kind
+        assert set(balancer._hooks._scores.values()) == {score}, kind
     values = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8}
     model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**TINY, **values})).train()
     balancer = LoadBalancer("switch").attach(model)
     model(torch.stack([row["input_ids"] for row in rows()]))
-    assert set(balancer._scores.values()) == {"sigmoid"}
+    assert set(balancer._hooks._scores.values()) == {"sigmoid"}
 
 
 def test_routers_inside_routers_are_the_routers():
