@@ -17,6 +17,14 @@ TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "num_selected_ex
 
 SELECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
+# Modules that transformers declares as routers and that hold several.
+ROUTERS_INSIDE = {"Ernie4_5_VLMoeMoeBlock": ("text_moe.gate", "vision_moe.gate")}
+TOP_1_ROUTERS = ("SwitchTransformersTop1Router",)  # whose configuration does not say so
+UNREADABLE = {
+    "DogeCDMoE": "it chooses among pairs of keys, and returns what it makes of each key",
+    "NllbMoeTop2Router": "it returns the first expert of each token and not the second",
+}
+
 
 class Router(NamedTuple):
     """A router module, the place of the logits in its output, and the number of experts it chooses, if that is known."""
@@ -40,14 +48,19 @@ class Router(NamedTuple):
         if isinstance(self.module, MoeRouter):
             return output[2]
         logits_TE = self.logits(output)
+        num_tokens, num_experts = logits_TE.shape
         for tensor in output if isinstance(output, tuple) else ():
             if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point() or tensor.dim() < 2:
                 continue
             # The width tells a choice from a mask over the experts, the number of rows from a permutation of tokens.
             width = tensor.shape[-1]
-            is_choice = width < logits_TE.shape[-1] if self.top_k is None else width == self.top_k
-            if is_choice and tensor.numel() == len(logits_TE) * width:
-                return tensor.reshape(len(logits_TE), width)
+            if tensor.numel() != num_tokens * width:
+                continue
+            if width < num_experts if self.top_k is None else width == self.top_k:
+                return self._with_skips(tensor.reshape(num_tokens, width), output)
+            if width == num_experts and self.top_k is not None:
+                chosen_TK, index_TK = tensor.reshape(num_tokens, width).topk(self.top_k, dim=-1)
+                return index_TK.masked_fill(chosen_TK == 0, num_experts)
         has_bias = any(name.rpartition(".")[2] in SELECTION_BIASES for name in self.module.state_dict())
         if self.top_k is None or has_bias:
             raise ValueError(
@@ -61,9 +74,23 @@ class Router(NamedTuple):
             )
         return logits_TE.topk(self.top_k, dim=-1).indices
 
+    def _with_skips(self, index_TK: torch.Tensor, output: Any) -> torch.Tensor:
+        weights_TK = self._weights_of(index_TK, output)
+        if not self._has_skip or weights_TK is None:
+            return index_TK
+        return index_TK.masked_fill((weights_TK == 0) & (index_TK == 0), self.logits(output).shape[-1] - 1)
+
+    @property
+    def _has_skip(self) -> bool:
+        """Whether the last logit is for no expert; where that wins the router returns the first, with a weight of 0."""
+        return type(self.module).__name__ == "ZayaRouter"
+
     def top_k_weights(self, output: Any) -> torch.Tensor | None:
         """`(T, K)` routing weights, if the output shows them, for the chosen experts or for all."""
-        index_TK, logits_TE = self.top_k_index(output), self.logits(output)
+        return self._weights_of(self.top_k_index(output), output)
+
+    def _weights_of(self, index_TK: torch.Tensor, output: Any) -> torch.Tensor | None:
+        logits_TE = self.logits(output)
         for place, tensor in enumerate(output if isinstance(output, tuple) else ()):
             if place == self.logits_index or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 continue
@@ -92,11 +119,16 @@ class Router(NamedTuple):
                 f"{', '.join(SCORES)}."
             )
         logits_TE, index_TK = self.logits(output), self.top_k_index(output)
+        if not logits_TE.isfinite().all():
+            raise ValueError(f"The logits of {type(self.module).__name__} are NaN or infinite.")
+        if torch.allclose(logits_TE.float().sum(-1), torch.ones(()).to(logits_TE.device)) and (logits_TE >= 0).all():
+            return "identity"  # probabilities already, as Gemma 4's
         if index_TK.shape[-1] == 1 and torch.allclose(weights_TK, weights_TK[:1]):
             return hint  # a single weight, normalised, is 1 whatever it was made of
         # Weights may be normalised and scaled: their proportions count, of a token's K, or of all tokens if K is 1.
         dim = -1 if index_TK.shape[-1] > 1 else 0
-        index_TK, is_expert_TK = index_TK.clamp(max=logits_TE.shape[-1] - 1), index_TK < logits_TE.shape[-1]
+        is_expert_TK = index_TK < logits_TE.shape[-1] - self._has_skip
+        index_TK = index_TK.clamp(max=logits_TE.shape[-1] - 1)
 
         def proportions(values_TK: torch.Tensor) -> torch.Tensor:
             values_TK = values_TK.float() * is_expert_TK
@@ -110,8 +142,6 @@ class Router(NamedTuple):
             )
             for score in SCORES
         }
-        if not logits_TE.isfinite().all():
-            raise ValueError(f"The logits of {type(self.module).__name__} are NaN or infinite.")
         best = min(errors, key=lambda score: errors[score])
         if not errors[best] < 0.05:
             raise ValueError(
@@ -126,9 +156,14 @@ def find_routers(model: nn.Module) -> dict[str, Router]:
     The routers of a model by name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if it cannot be seen what one of them chooses.
     """
     routers = _declared_routers(model)
+    for name, router in routers.items():
+        if (why := UNREADABLE.get(type(router.module).__name__)) is not None:
+            raise ValueError(
+                f"The routing of {type(model).__name__} cannot be seen: {name} is a {type(router.module).__name__}, and {why}."
+            )
     # A module that holds a router, and is declared as one too, is not the router.
     routers = {
         name: router for name, router in routers.items() if not any(of.startswith(f"{name}.") for of in routers)
@@ -154,8 +189,15 @@ def _declared_routers(model: nn.Module) -> dict[str, Router]:
         for spec in router_specs(owner):
             for name, module in owner.named_modules(prefix=prefix):
                 matches_name = spec.layer_name is None or f".{spec.layer_name.strip('.')}." in f".{name}."
-                if spec.target_class is not None and isinstance(module, spec.target_class) and matches_name:
-                    routers[name] = Router(module, spec.index, _find_top_k(owner))
+                if spec.target_class is None or not isinstance(module, spec.target_class) or not matches_name:
+                    continue
+                inside = ROUTERS_INSIDE.get(type(module).__name__, ())
+                routers |= {
+                    f"{name}.{path}": Router(module.get_submodule(path), 0, _find_top_k(owner)) for path in inside
+                }
+                if not inside:
+                    is_top_1 = type(module).__name__ in TOP_1_ROUTERS
+                    routers[name] = Router(module, spec.index, 1 if is_top_1 else _find_top_k(owner))
     return routers
 
 

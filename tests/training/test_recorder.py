@@ -81,6 +81,41 @@ def test_counts_on_any_model(name, batch):
     assert recorder.statistics().to_dict() == statistics.to_dict()
 
 
+@pytest.mark.parametrize("decoder_is_padded", [False, True])
+def test_encoder_and_decoder_have_their_own_padding_and_drop_tokens(decoder_is_padded):
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=96,
+        num_experts=3,
+        expert_capacity=3,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
+        **sizes,
+    )
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    randomize(model)
+    masks = {"encoder": torch.ones(2, 9, dtype=torch.long), "decoder": torch.ones(2, 5, dtype=torch.long)}
+    masks["encoder"][1, 4:] = 0
+    inputs = {"attention_mask": masks["encoder"]}
+    if decoder_is_padded:
+        masks["decoder"][0, 3:] = 0
+        inputs["decoder_attention_mask"] = masks["decoder"]
+    served = {}  # a mask (T, 1, E) is what these experts are given
+    for name, module in model.named_modules():
+        if name.endswith("experts"):
+            module.register_forward_pre_hook(lambda module, args, name=name: served.update({name: args[1][:, 0]}))
+    with RoutingRecorder(model) as recorder, torch.no_grad():
+        input_ids = torch.randint(3, 96, (2, 9))
+        model(input_ids, decoder_input_ids=input_ids[:, :5], **inputs)
+    layers = recorder.statistics().layers
+    assert {name.split(".")[0] for name in layers} == {"encoder", "decoder"}
+    for name, layer in layers.items():
+        mask_T = masks[name.split(".")[0]].reshape(-1, 1)
+        assert layer.counts.tolist() == (served[name.replace("router", "experts")] * mask_T).sum(0).tolist()
+        assert layer.num_tokens == mask_T.sum()
+        assert layer.counts.sum() < layer.num_tokens or "decoder" in name  # some are dropped
+
+
 def choices_by_hand(model, batch) -> list[torch.Tensor]:
     """`(tokens, K)` per layer from what the experts are asked to do, padding left out."""
     mask, choices = batch["attention_mask"].bool().reshape(-1), []
@@ -158,21 +193,16 @@ def test_router_that_hides_its_choice(batch):
         assert layer.counts.tolist() == scores[mask].sum(0).tolist()
 
 
-def test_router_whose_choice_is_unknown_is_refused(batch):
-    # Switch returns a one-hot mask over the experts where others return indices, and its configuration names no top-k.
-    size = {
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_decoder_layers": 2,
-        "num_heads": 4,
-        "num_experts": 4,
-    }
-    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 0, "expert_capacity": 64, "vocab_size": 96}
-    config = transformers.SwitchTransformersConfig(**size, **sparse, pad_token_id=0, decoder_start_token_id=0)
-    model = transformers.SwitchTransformersEncoderModel(config).eval()
-    with RoutingRecorder(model), pytest.raises(ValueError, match="SwitchTransformersTop1Router does not say which"):
+@pytest.mark.parametrize("reason", ["chooses with a bias", "not how many"])
+def test_router_whose_choice_is_unknown_is_refused(batch, reason, monkeypatch):
+    model = native("Mixtral")
+    for layer in model.model.layers:
+        if reason == "chooses with a bias":
+            layer.mlp.gate.register_buffer("e_score_correction_bias", torch.zeros(4))
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: output[0])
+    if reason == "not how many":
+        monkeypatch.setattr("hf_moe.training.routers.TOP_K_FIELDS", ("of_another_model",))
+    with RoutingRecorder(model), pytest.raises(ValueError, match=f"MixtralTopKRouter does not say which.*{reason}"):
         model(batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
