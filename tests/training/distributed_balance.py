@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What is added to the routers' gradients under DDP and FSDP2: what test_distributed_balance.py starts two processes of.
+What is added to the routers' gradients under DDP and FSDP2: what test_distributed_balance.py starts one or two processes of.
 
-    python distributed_balance.py FOLDER RANK
+    python distributed_balance.py FOLDER RANK WORLD_SIZE
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from router_gradients import KINDS, MODELS, injected_gradients, native_gradient, rows, trainable, whole
 from test_callbacks import make_trainer
 from torch import distributed
@@ -37,6 +42,26 @@ DDP_SETTINGS: dict[str, dict[str, Any]] = {
         "ddp_find_unused_parameters": False,
     },
 }
+
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+FSDP_SETTINGS: dict[str, dict[str, Any]] = {
+    "FSDP2 in a Trainer": FSDP2,
+    "FSDP2 in a Trainer, accumulation 2": {**FSDP2, "gradient_accumulation_steps": 2},
+}
+
+
+@contextmanager
+def fsdp_without_accelerator() -> Iterator[None]:
+    """accelerate shards on accelerators only: let it take the processes for some."""
+    original = AcceleratorState.__init__
+
+    def initialize(self, *args, **kwargs):
+        if not AcceleratorState._shared_state:
+            PartialState(cpu=True).distributed_type = DistributedType.MULTI_XPU
+        original(self, *args, **kwargs)
+
+    with patch.object(AcceleratorState, "__init__", initialize), patch.dict(os.environ):
+        yield
 
 
 def sharded_gradients(model_kind: str, rank: int, use_reentrant: bool | None) -> dict[str, torch.Tensor]:
@@ -96,42 +121,49 @@ def watched(folder: Path, steps_per_update: int, save: str) -> dict[str, Any]:
     }
 
 
-def main(folder: str, rank: int) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def main(folder: str, rank: int, world_size: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     results = {}
     for model_kind in MODELS.values():
         for name, setting in DDP_SETTINGS.items():
             results[model_kind, f"{name}, all alike"] = injected_gradients(model_kind, rows(), **setting)
+        assert AcceleratorState().distributed_type == DistributedType.MULTI_CPU
+        if world_size == 1:
+            continue
+        with fsdp_without_accelerator():
+            for name, setting in FSDP_SETTINGS.items():
+                results[model_kind, f"{name}, all alike"] = injected_gradients(model_kind, rows(), **setting)
+            assert AcceleratorState().is_fsdp2
         results[model_kind, "DDP, all different"] = injected_gradients(model_kind, rows(4))
         for use_reentrant in (None, False, True):
             results[model_kind, f"FSDP2, {use_reentrant=}"] = sharded_gradients(model_kind, rank, use_reentrant)
         if model_kind != "moe_llama":
             results[model_kind, "transformers"] = {"native": native_gradient(model_kind, rows())}
-    for save in ("steps", "epoch"):
+    for save in ("steps", "epoch") if world_size > 1 else ():
         results["deepseek_v3", f"callbacks, {save}"] = watched(Path(folder, save), 1, save)
     torch.save(results, f"{folder}/gradients{rank}.pt")
     distributed.barrier()
 
 
-def run_processes(folder: Path) -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
-    """What both processes found."""
+def run_processes(folder: Path, world_size: int) -> list[dict[tuple[str, str], dict[str, torch.Tensor]]]:
+    """What each process found."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder), rank],
+            [sys.executable, __file__, str(folder), str(rank), str(world_size)],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        for rank in ("0", "1")
+        for rank in range(world_size)
     ]
     errors = [process.communicate(timeout=300)[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError("\n".join(errors))
-    return [torch.load(folder / f"gradients{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"gradients{rank}.pt") for rank in range(world_size)]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     os._exit(0)  # gloo's threads sometimes abort an orderly exit

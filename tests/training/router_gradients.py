@@ -119,12 +119,20 @@ def whole(gradient: torch.Tensor) -> torch.Tensor:
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).detach().clone()
 
 
-def injected_gradients(kind: str, data: list[dict[str, torch.Tensor]], **setting: Any) -> dict[str, torch.Tensor]:
+def injected_gradients(
+    model: str | PreTrainedModel,
+    data: list[dict[str, torch.Tensor]],
+    kinds: dict[str, dict[str, Any]] = KINDS,
+    **setting: Any,
+) -> dict[str, torch.Tensor]:
     """What each kind of loss adds to the routers' gradients, by what there is without it."""
-    terms = {name: LoadBalancer(name, coef=1.0, **options) for name, options in KINDS.items()}
-    # Twice: the second time with the counts of the first step.
-    terms["global_batch, second step"] = terms["global_batch"]
-    without, *with_term = gradients_of(trainable(kind), [None, *terms.values()], data, **setting)
+    terms = {name: LoadBalancer(name, coef=1.0, **options) for name, options in kinds.items()}
+    # Twice: the second time with what was counted in the first step.
+    for name, options in kinds.items():
+        if name in ("global_batch", "sparsity") or "adaptive" in options:
+            terms[f"{name}, second step"] = terms[name]
+    model = trainable(model) if isinstance(model, str) else model
+    without, *with_term = gradients_of(model, [None, *terms.values()], data, **setting)
     return {name: gradient - without for name, gradient in zip(terms, with_term, strict=True)}
 
 

@@ -4,14 +4,24 @@
 import pytest
 import torch
 from conftest import assert_close
-from distributed_balance import run_processes, watched
+from distributed_balance import DDP_SETTINGS, run_processes, watched
 from router_gradients import MODELS, native_gradient, rows
 from test_load_balancing import expected_gradient
 
 
 @pytest.mark.processes
+def test_one_process_with_ddp(tmp_path):
+    (results,) = run_processes(tmp_path, 1)
+    assert len(results) == len(MODELS) * len(DDP_SETTINGS)
+    for (model_kind, _), found in results.items():
+        for kind, gradient in found.items():
+            expected, _ = expected_gradient(kind.partition(",")[0], model_kind, rows())
+            assert_close(gradient, expected, 1e-6)
+
+
+@pytest.mark.processes
 def test_two_processes_are_averaged(tmp_path):
-    results = run_processes(tmp_path)
+    results = run_processes(tmp_path, 2)
     for model_kind in MODELS.values():
         alike = {}
         different = {}

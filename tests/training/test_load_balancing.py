@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from router_gradients import KINDS, MODELS, SETTINGS, injected_gradients, native_gradient, rows, trainable
 from small_models import small_moe
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from hf_moe import LoadBalancer, LoadBalancingCallback, add_moe_callbacks
 from hf_moe.models.routers import MoeRouter
@@ -101,6 +102,56 @@ def test_micro_batches_that_differ(model):
     # The second step of the global batch takes the counts of the first for the other micro-batches.
     expected, _ = expected_gradient("global_batch", MODELS[model], data, counted)
     assert_close(found["global_batch, second step"], expected, 1e-6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_same_adaptive_coefficients_in_every_setting(setting):
+    """Skywork-MoE's equations 7 to 9, with `grad_to="router"`, so that a layer's gradient is of its own coefficient."""
+    kinds = {"switch": {"adaptive": True, "grad_to": "router"}}
+    found = injected_gradients("mixtral", rows(), kinds, **SETTINGS[setting])
+    _, counted = expected_gradient("switch", "mixtral", rows())
+    for layer, counts in enumerate(counted):
+        overflow = (counts[:-1] / counts[:-1].sum() - 1 / 4).relu().sum()
+        coef = 0.99 + 0.01 * float((0.2 * overflow).clamp(max=1.0))
+        first, second = found["switch"][layer], found["switch, second step"][layer]
+        assert first.norm() > 0.1
+        assert_close(second, coef * first, 1e-6)
+
+
+class MixtralReluRouter(MixtralTopKRouter):
+    """A token's two largest logits, where they are positive."""
+
+    def forward(self, hidden_states):
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        weights, index = logits.relu().topk(self.top_k, dim=-1)
+        return logits, weights, index
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_same_sparsity_loss_in_every_setting(setting):
+    """ReMoE's loss: once with the coefficient that it starts with, once with the next one."""
+
+    def relu_model() -> transformers.PreTrainedModel:
+        model = trainable("mixtral")
+        for router in find_routers(model).values():
+            router.module.__class__ = MixtralReluRouter
+        return model
+
+    found = injected_gradients(relu_model(), rows(), {"sparsity": {}}, **SETTINGS[setting])
+    model, outputs = relu_model(), []
+    routers = [router.module for router in find_routers(model).values()]
+    for router in routers:
+        router.register_forward_hook(lambda module, args, output: outputs.append(output))
+    batch = {key: torch.stack([row[key] for row in rows()]) for key in rows()[0]}
+    model(**batch)
+    kept, loss = batch["attention_mask"].flatten().bool(), 0
+    for logits, _, index in outputs:
+        slots = torch.bincount(index[kept].flatten(), minlength=4)
+        loss = loss + 4 * (slots / (2 * kept.sum()) * logits[kept].relu().mean(0)).sum()
+    expected = torch.stack(torch.autograd.grad(loss, [router.weight for router in routers]))
+    assert_close(found["sparsity"], expected, 1e-6)
+    # As many experts as there should be: the coefficient goes neither up nor down.
+    assert_close(found["sparsity, second step"], expected, 1e-6)
 
 
 @pytest.mark.slow
