@@ -33,6 +33,18 @@ class Attachment:
     def __init__(self, trainer: Trainer):
         self._trainer = weakref.ref(trainer)
         self._hooks: RouterHooks | None = None
+        self._given: list[MoeCallback] = []
+
+    def remember(self, callbacks: list[TrainerCallback]) -> None:
+        """Take down which callbacks the user gave: a trainer that resumes makes others, with the options of the checkpoint."""
+        self._given = [callback for callback in callbacks if isinstance(callback, MoeCallback)]
+
+    def given_options(self, callback: "MoeCallback") -> dict[str, Any]:
+        """The options that the user gave for a callback or for the one that it was made instead of."""
+        alike = [one for one in self.trainer.callback_handler.callbacks if type(one) is type(callback)]
+        given = [one for one in self._given if type(one) is type(callback)]
+        place = next(place for place, one in enumerate(alike) if one is callback)
+        return given[place]._options if len(given) == len(alike) else callback._options
 
     @property
     def trainer(self) -> Any:
@@ -129,6 +141,13 @@ class MoeCallback(TrainerCallback, ExportableState):
             )
         plain_model = extract_model_from_parallel(model)
         self.attachment.close_others(plain_model)
+        given = self.attachment.given_options(self)
+        if given != self._options:
+            changed = {key: value for key, value in given.items() if value != self._options.get(key)}
+            logger.warning(f"{name} goes on with other options than the checkpoint was saved with: {changed}.")
+            attachment = self.attachment
+            self.__init__(**given)  # type: ignore[misc]
+            self.attachment = attachment
         self.reset()
         if state.global_step:
             self._resume(args, state, self.attachment.trainer.callback_handler.callbacks)
@@ -217,6 +236,7 @@ def add_moe_callbacks(trainer: Trainer, *callbacks: MoeCallback) -> None:
         trainer.log = _logging_metrics(trainer)
         trainer._hf_moe_attachment = Attachment(trainer)
         _ATTACHMENTS.add(trainer._hf_moe_attachment)
+    trainer._hf_moe_attachment.remember(trainer.callback_handler.callbacks)
 
 
 def _logging_metrics(trainer: Trainer):

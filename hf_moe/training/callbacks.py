@@ -3,12 +3,11 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .attach import Attachment, MoeCallback
@@ -19,7 +18,6 @@ from .routers import parameters_around
 
 logger = logging.get_logger(__name__)
 
-OWN_COEFS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha", "router_z_loss_coef")
 RL_TRAINERS = ("GRPO", "RLOO", "PPO", "OnlineDPO", "NashMD", "XPO")
 
 
@@ -65,8 +63,8 @@ class LoadBalancingCallback(MoeCallback):
                 "Give `coef` to have one."
             )
             self.balancer.base_coef = 0.0
-        _warn_of_own_loss(model, attachment.trainer)
-        self.balancer.attach(attachment.hooks(model), loss_scale=attachment.loss_scale)
+        own_loss = True if getattr(attachment.trainer, "aux_loss_enabled", False) else None  # TRL's
+        self.balancer.attach(attachment.hooks(model), loss_scale=attachment.loss_scale, own_loss=own_loss)
 
     def end(self) -> None:
         self.balancer.detach()
@@ -87,6 +85,11 @@ class LoadBalancingCallback(MoeCallback):
         return self.balancer.state_dict()
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["kind"] != self.balancer.kind:
+            logger.warning(
+                f"The checkpoint was saved with the balance loss {state['kind']!r}, so that {self.balancer.kind!r} begins anew."
+            )
+            return
         self.balancer.load_state_dict(state)
 
 
@@ -214,17 +217,3 @@ class RouterFreezeCallback(MoeCallback):
     def _set(self, parameters: list[nn.Parameter], is_trained: bool) -> None:
         for parameter in parameters:
             parameter.requires_grad_(is_trained)
-
-
-def _warn_of_own_loss(model: nn.Module, trainer: Any) -> None:
-    """The model's own balance loss would come on top."""
-    config = cast(PreTrainedModel, model).config.get_text_config()
-    owners = (config, getattr(config, "ffn_config", None))
-    coefs = {name: getattr(owner, name, None) for owner in owners for name in OWN_COEFS if getattr(owner, name, None)}
-    is_on = getattr(config, "output_router_logits", False) or getattr(trainer, "aux_loss_enabled", False)
-    if is_on and coefs:
-        given = ", ".join(f"{name}={value}" for name, value in coefs.items())
-        logger.warning(
-            f"The model's own balance loss is on as well ({given}) and comes on top of hf_moe's. Switch one of them off: "
-            "`model.config.output_router_logits = False`, or `router_aux_loss_coef=0.0` in TRL's configuration."
-        )

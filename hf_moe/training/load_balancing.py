@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models import losses
@@ -29,6 +30,7 @@ DEFAULT_COEF = {
     "entropy": 1e-4,
     "sparsity": 1e-8,
 }
+OWN_COEFS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha", "router_z_loss_coef")
 ADAPTIVE_RATE, ADAPTIVE_DECAY = 0.2, 0.99  # Skywork-MoE's xi and beta
 SPARSITY_FACTOR = 1.2  # ReMoE's
 
@@ -127,6 +129,7 @@ class LoadBalancer:
         accelerator: Any = None,
         gradient_accumulation_steps: int = 1,
         loss_scale: Callable[[], float | torch.Tensor] | None = None,
+        own_loss: bool | None = None,
     ) -> "LoadBalancer":
         """
         Begin to add gradients.
@@ -137,6 +140,8 @@ class LoadBalancer:
                 `gradient_accumulation_steps`.
             gradient_accumulation_steps (`int`, *optional*, defaults to 1): Without an accelerator, what the loss is divided by.
             loss_scale (`Callable`, *optional*): Instead of both, a function that gives the factor of a micro-batch's loss.
+            own_loss (`bool`, *optional*): Whether the model's own balance loss is on as well, which is said. By default its
+                configuration's `output_router_logits` tells.
 
         Raises:
             ValueError: if the model has no routers.
@@ -156,6 +161,8 @@ class LoadBalancer:
                 f"The routers of {type(self._hooks.model).__name__} are frozen, so that no balance loss {self.kind!r} is added. Train them, "
                 "for instance with `train_router=True` in an ExpertLoraConfig, or leave the loss out."
             )
+        if self.base_coef:
+            _warn_of_own_loss(self._hooks.model, own_loss)
         self._hooks.add(self._add_gradient, sees_recomputation=True)
         return self
 
@@ -200,10 +207,20 @@ class LoadBalancer:
         """What a training goes on with, as plain numbers."""
         tensors = {"coefs": self._coefs, "window": self._window, "values": self._values}
         lists = {key: {name: tensor.tolist() for name, tensor in of.items()} for key, of in tensors.items()}
-        return {"num_steps": self.num_steps} | lists
+        return {"kind": self.kind, "num_steps": self.num_steps} | lists
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where [`~LoadBalancer.state_dict`] was taken."""
+        """
+        Go on where [`~LoadBalancer.state_dict`] was taken.
+
+        Raises:
+            ValueError: if it was taken of another kind of loss.
+        """
+        if state["kind"] != self.kind:
+            raise ValueError(
+                f"The state is of a balance loss of kind {state['kind']!r}, and this is one of kind {self.kind!r}. Give the kinds of the "
+                "training that goes on, in its order."
+            )
         self.num_steps = state["num_steps"]
         self._coefs = {name: torch.tensor(value) for name, value in state["coefs"].items()}
         self._window = {name: torch.tensor(value) for name, value in state["window"].items()}
@@ -344,3 +361,18 @@ class LoadBalancer:
         if top_k is None:
             raise ValueError(f"The configuration does not say how many experts {name} should choose.")
         return top_k
+
+
+def _warn_of_own_loss(model: nn.Module, is_on: bool | None) -> None:
+    """The model's own balance loss would come on top."""
+    configs = [module.config.get_text_config() for module in model.modules() if isinstance(module, PreTrainedModel)]
+    owners = [owner for config in configs[:1] for owner in (config, getattr(config, "ffn_config", None))]
+    coefs = {name: getattr(owner, name, None) for owner in owners for name in OWN_COEFS if getattr(owner, name, None)}
+    if is_on is None:
+        is_on = any(getattr(owner, "output_router_logits", False) for owner in owners)
+    if is_on and coefs:
+        given = ", ".join(f"{name}={value}" for name, value in coefs.items())
+        logger.warning(
+            f"The model's own balance loss is on as well ({given}) and comes on top of hf_moe's. Switch one of them off: "
+            "`model.config.output_router_logits = False`, or `router_aux_loss_coef=0.0` in TRL's configuration."
+        )

@@ -295,6 +295,56 @@ def test_what_begins_anew_says_so(tmp_path, caplog):
         assert "the checkpoint was saved by 8 processes, and 1 go on" in caplog.text
 
 
+def test_the_options_given_on_resuming_count(tmp_path, caplog):
+    """And not those of the checkpoint, of which a Trainer makes its callbacks anew."""
+
+    def make(folder: str, *callbacks, **arguments: Any) -> Trainer:
+        statistics = RouterStatisticsCallback(folder=str(tmp_path / folder))
+        return make_trainer(
+            trainable("deepseek_v3"),
+            tmp_path,
+            *callbacks,
+            statistics,
+            save_strategy="steps",
+            save_steps=2,
+            **arguments,
+        )
+
+    make(
+        "first", LoadBalancingCallback("switch", 0.01), LoadBalancingCallback("z"), BiasBalancingCallback(0.1)
+    ).train()
+    lines = (tmp_path / "first" / "routing_history.jsonl").read_text()
+    callbacks = [LoadBalancingCallback("switch", 0.5), LoadBalancingCallback("entropy"), BiasBalancingCallback(0.3)]
+    trainer = make("second", *callbacks, restore_callback_states_from_checkpoint=True)
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    running = trainer.callback_handler.callbacks
+    switch, entropy = (callback for callback in running if isinstance(callback, LoadBalancingCallback))
+    (bias,) = (callback for callback in running if isinstance(callback, BiasBalancingCallback))
+    assert (switch.balancer.base_coef, switch.balancer.num_steps) == (0.5, 4)
+    assert (entropy.balancer.kind, entropy.balancer.num_steps) == ("entropy", 2)  # its own
+    assert bias.balancer.update_rate == 0.3
+    assert (
+        "LoadBalancingCallback goes on with other options than the checkpoint was saved with: {'coef': 0.5}"
+        in caplog.text
+    )
+    assert "saved with the balance loss 'z', so that 'entropy' begins anew" in caplog.text
+    assert (tmp_path / "first" / "routing_history.jsonl").read_text() == lines
+    assert len((tmp_path / "second" / "routing_history.jsonl").read_text().splitlines()) == 1
+    # Once more with what the callbacks of the first training were.
+    caplog.clear()
+    trainer = make(
+        "first",
+        LoadBalancingCallback("switch", 0.01),
+        LoadBalancingCallback("z"),
+        BiasBalancingCallback(0.1),
+        restore_callback_states_from_checkpoint=True,
+    )
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "other options" not in caplog.text
+
+
 def test_the_bias_of_an_adapter(tmp_path):
     model = get_peft_model(small_moe("deepseek_v3"), LoraConfig(r=2, target_modules=["kv_b_proj"]))
     trainer = make_trainer(model, tmp_path, BiasBalancingCallback(0.01), save_strategy="steps", save_steps=4)

@@ -518,3 +518,17 @@ def test_state_goes_on():
     other.load_state_dict(copy.deepcopy(state))
     assert other.state_dict() == state
     assert state["num_steps"] == 1
+
+
+def test_the_models_own_loss_is_said_in_a_loop_too(caplog):
+    with caplog.at_level("WARNING"):
+        LoadBalancer().attach(trainable("mixtral"))
+        assert not caplog.text
+        LoadBalancer().attach(nn.ModuleList([trainable("mixtral", output_router_logits=True)]))
+    assert "The model's own balance loss is on as well (router_aux_loss_coef=0.001)" in caplog.text
+
+
+def test_the_state_of_another_loss_is_refused():
+    state = LoadBalancer("z").state_dict()
+    with pytest.raises(ValueError, match="a balance loss of kind 'z', and this is one of kind 'switch'"):
+        LoadBalancer("switch").load_state_dict(state)
