@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "editing": {"upcycling", "models", "training", "hub", "version"},
     "training": {"models", "plots"},
     "adapters": {"models", "training"},
-    "hub": {"training"},
+    "hub": {"training", "plots"},
     "metrics": {"training"},
     "plots": {"training"},
     "token_page": {"training"},

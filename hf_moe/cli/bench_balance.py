@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hf-moe bench balance`: what statistics and balance losses add to the time of a training step."""
 
+import multiprocessing
+import queue
 import statistics
 import tempfile
 import time
@@ -20,14 +22,15 @@ def balance(
     experts: Annotated[int, typer.Option(min=1, help="Experts of a layer, 4 of them per token.")] = 32,
     hidden: Annotated[int | None, typer.Option(help="Hidden size (256 on CPU, 2048 on GPU).")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a step (1024 on CPU, 16384 on GPU).")] = None,
-    interval: Annotated[int, typer.Option(min=1, help="Steps between logs; a turn is one interval.")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 11,
+    interval: Annotated[int, typer.Option(min=1, help="Steps between logs.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, help="Intervals of each.")] = 11,
 ) -> None:
     """
     Training steps of a Qwen3-MoE under the Trainer, without callbacks, with statistics, and with balance losses.
 
-    All variants share the weights and take turns of one logging interval each, the log included. What a step takes is the
-    mean of its turn; the table has the medians of the turns.
+    The trainings take turns step by step, each in a process of its own that waits for the others. What a step takes is the
+    mean of an interval, its log included, by that of the interval without callbacks that ran at the same time; the table has
+    the medians.
     """
     import torch
 
@@ -38,38 +41,33 @@ def balance(
         raise ValueError(
             f"--tokens is {tokens}, --hidden {hidden}. Give at least {length} tokens and a multiple of 64."
         )
-    model = make_model(layers, experts, hidden, on_gpu)
-    variants = make_variants()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    # The first turns are not counted: memory is fetched and kernels are chosen.
-    for turn in tqdm(range(runs + 1), desc="Training", unit=" rounds", disable=True if out.is_quiet() else None):
-        for name, callbacks in variants.items():
-            taken = time_of_turn(model, callbacks(), interval, tokens // length, length, name == OWN_LOSS)
-            if turn:
-                seconds[name].append(taken / interval)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    out.table(
-        [
+    sizes = {"layers": layers, "experts": experts, "hidden": hidden, "on_gpu": on_gpu}
+    steps = (runs + 1) * interval
+    # The first interval is not counted: memory is fetched, kernels are chosen and scores are found out.
+    taken = {
+        name: [sum(seconds[at : at + interval]) / interval for at in range(interval, steps, interval)]
+        for name, seconds in seconds_of_steps(sizes, steps, interval, tokens // length, length).items()
+    }
+    rows = []
+    for name, seconds in taken.items():
+        ratios = [one / other for one, other in zip(seconds, taken[NOTHING], strict=True)]
+        rows.append(
             {
                 "callbacks": name,
-                "median_ms": round(1000 * median[name], 1),
-                "min_ms": round(1000 * min(values), 1),
-                "max_ms": round(1000 * max(values), 1),
-                # Of what ran right before or after, which shares the machine's moods.
-                "times_nothing": round(
-                    statistics.median(one / other for one, other in zip(values, seconds[NOTHING], strict=True)), 3
-                ),
+                "median_ms": round(1000 * statistics.median(seconds), 1),
+                "times_nothing": round(statistics.median(ratios), 3),
+                "lowest": round(min(ratios), 3),
+                "highest": round(max(ratios), 3),
             }
-            for name, values in seconds.items()
-        ]
-    )
+        )
+    out.table(rows)
     out.text(
-        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {model.dtype}, {layers} layers of {experts} experts, hidden size {hidden}, "
-        f"{tokens} tokens, log every {interval} steps, {runs} turns"
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {'bfloat16' if on_gpu else 'float32'}, {layers} layers of {experts} experts, hidden "
+        f"size {hidden}, {tokens} tokens, log every {interval} steps, {runs} intervals"
     )
 
 
-def make_model(layers: int, experts: int, hidden: int, on_gpu: bool) -> Any:
+def make_model(layers: int, experts: int, hidden: int, on_gpu: bool, own_loss: bool) -> Any:
     """A Qwen3-MoE with random weights."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -85,6 +83,7 @@ def make_model(layers: int, experts: int, hidden: int, on_gpu: bool) -> Any:
         num_experts=experts,
         num_experts_per_tok=4,
         router_aux_loss_coef=0.001,
+        output_router_logits=own_loss,
     )
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config)
@@ -105,36 +104,94 @@ def make_variants() -> dict[str, Callable[[], list[Any]]]:
     }
 
 
-def time_of_turn(model: Any, callbacks: list[Any], steps: int, batch_size: int, length: int, own_loss: bool) -> float:
-    """Seconds of a few steps and their log; the step before them is not counted."""
+def seconds_of_steps(
+    sizes: dict[str, Any], steps: int, interval: int, batch_size: int, length: int
+) -> dict[str, list[float]]:
+    """What every step of each training took, from its begin to the begin of the next one, the log included."""
+    names = list(make_variants())
+    context = multiprocessing.get_context("spawn")
+    turns, told = [context.Semaphore(0) for _ in names], context.Queue()
+    arguments = (sizes, steps, interval, batch_size, length)
+    processes = [
+        context.Process(
+            target=train, args=(name, *arguments, turns[place], turns[(place + 1) % len(names)], told), daemon=True
+        )
+        for place, name in enumerate(names)
+    ]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for process in processes:
+        process.start()
+    turns[0].release()
+    number = range(steps * len(names))
+    try:
+        for _ in tqdm(number, desc="Training", unit=" steps", disable=True if out.is_quiet() else None):
+            name, taken = _next(told, processes)
+            seconds[name].append(taken)
+    finally:
+        for process in processes:
+            process.terminate()
+    return seconds
+
+
+def _next(told: Any, processes: list[Any]) -> tuple[str, float]:
+    while True:
+        try:
+            return told.get(timeout=5)
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("One of the trainings ended with an error, which is above.") from None
+
+
+def train(
+    name: str,
+    sizes: dict[str, Any],
+    steps: int,
+    interval: int,
+    batch_size: int,
+    length: int,
+    mine: Any,
+    following: Any,
+    told: Any,
+) -> None:
+    """One of the trainings: waits for its turn before every step, and then tells what the step took."""
+    mine.acquire()
+
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
     from ..training.attach import add_moe_callbacks
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1:  # in which scores are found out, once in a training
-                self.started = time.perf_counter()
+    class TakeTurns(TrainerCallback):
+        began: float | None = None
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.pass_on()
+            mine.acquire()
+            self.began = time.perf_counter()
 
         def on_train_end(self, args, state, control, **kwargs):
+            self.pass_on()
+            mine.acquire()  # until it is terminated, since an end would take time of the others
+
+        def pass_on(self) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.started
+            if self.began is not None:
+                told.put((name, time.perf_counter() - self.began))
+            following.release()
 
-    model.config.output_router_logits = own_loss
-    ids = torch.randint(
-        model.config.vocab_size, ((steps + 1) * batch_size, length), generator=torch.Generator().manual_seed(0)
-    )
-    clock, level = Clock(), logging.get_verbosity()
     logging.set_verbosity_error()
+    model = make_model(**sizes, own_loss=name == OWN_LOSS)
+    ids = torch.randint(
+        model.config.vocab_size, (steps * batch_size, length), generator=torch.Generator().manual_seed(0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            max_steps=steps + 1,
+            max_steps=steps,
             per_device_train_batch_size=batch_size,
-            logging_steps=steps + 1,
+            logging_steps=interval,
             optim="sgd",
             save_strategy="no",
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -144,8 +201,6 @@ def time_of_turn(model: Any, callbacks: list[Any], steps: int, batch_size: int, 
         )
         trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
         trainer.remove_callback(trainer.callback_handler.callbacks[-1])  # prints the log
-        add_moe_callbacks(trainer, *callbacks)
-        trainer.add_callback(clock)
+        add_moe_callbacks(trainer, *make_variants()[name]())
+        trainer.add_callback(TakeTurns())
         trainer.train()
-    logging.set_verbosity(level)
-    return clock.seconds

@@ -11,6 +11,7 @@ from huggingface_hub.cli import out
 if TYPE_CHECKING:
     import torch
 
+    from ..training.history import RoutingHistory
     from ..training.statistics import LayerRouting
 
 
@@ -25,6 +26,13 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option(help="HTML page to write: the first sequence, coloured by expert, layer by layer.")
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write figures and pictures into the README.md of the model's folder.")
+    ] = False,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="With --card: folder that RouterStatisticsCallback(folder=...) wrote in training."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the full statistics.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all.")] = 8192,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
@@ -37,11 +45,13 @@ def inspect(
     from huggingface_hub.utils import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..hub.routing_section import add_routing_section
     from ..plots import plot_coactivation, plot_load, plot_specialization
     from ..training.recorder import RoutingRecorder
     from ..training.statistics import RoutingStatistics
 
     _check_paths(model, text)
+    of_training = _check_card(model, card, history)
     if plot_domains is not None and len(text) < 2:
         raise ValueError("--plot-domains compares texts. Give --text at least twice.")
     for path in (plot, plot_domains, plot_pairs, html, output):
@@ -60,6 +70,8 @@ def inspect(
         with recorders[path], torch.no_grad():
             network(sequence.to(network.device), logits_to_keep=1)
     by_text = {path: recorder.statistics() for path, recorder in recorders.items()}
+    stems = [path.stem for path in by_text]
+    by_name = {str(path) if stems.count(path.stem) > 1 else path.stem: of for path, of in by_text.items()}
     statistics = RoutingStatistics.sum(by_text.values())
     if out.mode == "json":
         out.dict(statistics.to_dict())
@@ -73,14 +85,16 @@ def inspect(
     if plot is not None:
         plot_load(statistics, plot, title)
     if plot_domains is not None:
-        plot_specialization({path.stem: of_text for path, of_text in by_text.items()}, plot_domains, Path(model).name)
+        plot_specialization(by_name, plot_domains, Path(model).name)
     if plot_pairs is not None:
         pairs = [recorder.coactivation() for recorder in recorders.values()]
         plot_coactivation({name: sum(of[name] for of in pairs).numpy() for name in pairs[0]}, plot_pairs, title)
     if html is not None:
         first, sequence = sequences[0]
         _write_page(network, tokenizer, sequence, statistics, html, f"{Path(model).name}: {first.name}")
-    for path in (output, plot, plot_domains, plot_pairs, html):
+    if card:
+        add_routing_section(model, by_name, of_training)
+    for path in (output, plot, plot_domains, plot_pairs, html, Path(model, "README.md") if card else None):
         if path is not None:
             out.log(f"Wrote {path}")
 
@@ -103,6 +117,24 @@ def _check_paths(model: str, texts: list[Path]) -> None:
         if not path.is_file():
             raise ValueError(f"--text: there is no file {path}.")
     check_folder(model)
+
+
+def _check_card(model: str, card: bool, history: Path | None) -> "RoutingHistory | None":
+    from ..hub.routing_section import split_card
+    from ..training.history import RoutingHistory
+
+    if history is not None and not card:
+        raise ValueError("--history is for the card. Give --card too.")
+    if card and not Path(model).is_dir():
+        raise ValueError(f"--card writes into the folder of a model, and {model} is none.")
+    if card:
+        split_card(model)  # or an error, before anything is loaded
+    if history is None:
+        return None
+    of_training = RoutingHistory.load(history)
+    if not of_training.steps:
+        raise ValueError(f"The history in {history} is empty: nothing was logged.")
+    return of_training
 
 
 def check_folder(model: str) -> None:

@@ -149,6 +149,19 @@ def test_inspect_draws(run_command, tmp_path):
     # What was counted is the sum of both texts.
     statistics = RoutingStatistics.from_dict(json.loads(run.stdout))
     assert {layer.num_tokens for layer in statistics.layers.values()} == {9 * 2 * 23}
+    # The same figures in the card.
+    (tmp_path / "moe" / "README.md").write_text("# A model\n")
+    run = run_command("inspect", tmp_path / "moe", *texts, "--length", 50, "--card")
+    assert run.returncode == 0, run.stderr
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert card.startswith("# A model\n\n<!-- routing: begin -->") and "| one | 207 |" in card
+    assert (tmp_path / "moe" / "routing" / "domains.png").is_file()
+    run = run_command("inspect", tmp_path / "moe", *texts, "--history", tmp_path)
+    assert "--history is for the card. Give --card too." in run.stderr
+    run = run_command("inspect", tmp_path / "moe", *texts, "--card", "--history", tmp_path)
+    assert "has no routing_history.jsonl" in run.stderr
+    run = run_command("inspect", "owner/model", *texts, "--card")
+    assert "--card writes into the folder of a model, and owner/model is none." in run.stderr
     run = run_command("inspect", tmp_path / "moe", *texts[:2], "--plot-domains", tmp_path / "b.png")
     assert "--plot-domains compares texts. Give --text at least twice." in run.stderr
 
