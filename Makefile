@@ -8,6 +8,7 @@ ENCODER := .cache/minilm
 LLAMACPP := .cache/venv-llamacpp
 VLLM := .cache/venv-vllm
 DEEPSPEED := .cache/deepspeed
+WANDB := .cache/wandb
 OLDEST := .cache/venv-oldest
 NEWEST := .cache/venv-newest
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -63,6 +64,11 @@ $(DEEPSPEED)/.installed: $(INSTALLED)
 		deepspeed==0.19.8 hjson py-cpuinfo einops msgpack
 	@touch $@
 
+$(WANDB)/.installed: $(INSTALLED)
+	@echo "Installing wandb into $(WANDB) (100 MB) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $(WANDB) wandb==0.31.0
+	@touch $@
+
 $(OLDEST)/constraints.txt: pyproject.toml constraints.txt
 	@mkdir -p $(@D)
 	@sed -E '/^(peft|transformers)==/d' constraints.txt > $@
@@ -90,9 +96,9 @@ test: $(INSTALLED) ## Run the tests
 test-fast: $(INSTALLED) ## Run the tests that start no other process, until the first failure
 	$(BIN)/python -m pytest -n 2 -x --failed-first -m 'not slow and not processes'
 
-test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json $(LLAMACPP)/.installed $(VLLM)/.installed $(DEEPSPEED)/.installed ## Run the slow tests, which need real models, llama.cpp, vLLM and DeepSpeed (5 GB)
+test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json $(LLAMACPP)/.installed $(VLLM)/.installed $(DEEPSPEED)/.installed $(WANDB)/.installed ## Run the slow tests, which need real models, llama.cpp, vLLM, DeepSpeed and wandb (5 GB)
 	HF_MOE_TEST_MODEL=$(MODEL) HF_MOE_TEST_ENCODER=$(ENCODER) HF_MOE_LLAMACPP_ENV=$(LLAMACPP) HF_MOE_VLLM_ENV=$(VLLM) \
-		HF_MOE_DEEPSPEED=$(DEEPSPEED) \
+		HF_MOE_DEEPSPEED=$(DEEPSPEED) HF_MOE_WANDB=$(WANDB) \
 		$(BIN)/python -m pytest -m slow -s
 
 test-compat: $(OLDEST)/.installed $(NEWEST)/.installed ## Run the tests with the oldest and the newest PEFT and transformers that pyproject.toml allows

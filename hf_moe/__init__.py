@@ -56,6 +56,7 @@ _LAZY = {
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
     "add_moe_callbacks": "training.attach",
+    "add_routing_section": "hub.routing_section",
     "load_router_bias": "training.bias_balancing",
     "routing_page": "token_page",
     "set_zero3_leaf_modules": "training.zero3",

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from ..training.routers import find_routers
+from ..training.routers import find_routers, plain_name
 from .errors import ExpertLoraError
-from .layers import find_experts, is_experts, layer_index, name_in_layer, plain_name, projections
+from .layers import find_experts, is_experts, layer_index, name_in_layer, projections
 from .param_wrapper import check_adaptable, wrap_experts
 
 

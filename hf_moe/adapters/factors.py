@@ -16,8 +16,8 @@ from packaging.version import InvalidVersion, Version
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
+from ..training.routers import plain_name
 from .errors import ExpertLoraError
-from .layers import plain_name
 
 
 SWAPPED_UNTIL = Version("0.19.1")  # the first PEFT with today's layout

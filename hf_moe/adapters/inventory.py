@@ -10,9 +10,9 @@ import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
-from ..training.routers import find_routers
+from ..training.routers import find_routers, plain_name
 from .grouped_forward import SLICES
-from .layers import PROJECTIONS, is_experts, layer_index, name_in_layer, plain_name, projections
+from .layers import PROJECTIONS, is_experts, layer_index, name_in_layer, projections
 from .param_wrapper import GroupedParamWrapper
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..training.routers import plain_name
 from .errors import ExpertLoraError
 from .grouped_forward import IMPLEMENTATION
 
@@ -62,11 +63,6 @@ def experts_by_layer(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
 def projections(experts: nn.Module) -> list[str]:
     """The names of the weights of the experts, in the order of the forward pass."""
     return [name for name in PROJECTIONS if hasattr(experts, name)]
-
-
-def plain_name(name: str) -> str:
-    """The name of a module without the layers that PEFT has put around it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def layer_index(name: str) -> int | None:

@@ -11,11 +11,12 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from ..training.routers import plain_name
 from .checks import OK, PROBLEM, WARNING, Check
 from .errors import ExpertLoraError
 from .grouped_lora import expert_wrappers
 from .inventory import is_expert_wrapper
-from .layers import is_experts, layer_index, name_in_layer, number_ranges, plain_name
+from .layers import is_experts, layer_index, name_in_layer, number_ranges
 
 
 def try_adapter(model: PeftModel, input_ids: torch.Tensor) -> list[Check]:

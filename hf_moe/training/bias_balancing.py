@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .rank_sum import RankSum
 from .router_hooks import RouterCall, RouterHooks
-from .routers import find_routers, find_selection_bias, without_wrappers
+from .routers import find_routers, find_selection_bias, plain_name
 
 
 FILE_NAME = "router_bias.safetensors"
@@ -104,7 +104,7 @@ class BiasBalancer:
 
     def save(self, folder: str | Path) -> None:
         """Write the biases to `router_bias.safetensors`, for adapters, whose files hold none; [`load_router_bias`] reads it."""
-        save_file({_plain(name): bias.cpu() for name, bias in self._biases.items()}, Path(folder, FILE_NAME))
+        save_file({plain_name(name): bias.cpu() for name, bias in self._biases.items()}, Path(folder, FILE_NAME))
 
     def _count(self, call: RouterCall) -> None:
         if call.is_training and not call.is_recomputation and call.name in self._of_model:
@@ -148,7 +148,7 @@ def load_router_bias(model: nn.Module, folder: str | Path) -> None:
     path = Path(folder, FILE_NAME)
     if not path.is_file():
         raise ValueError(f"{folder} has no {FILE_NAME}: the adapter was not trained with a BiasBalancingCallback.")
-    biases = {_plain(name): bias for name, bias in selection_biases(model).items()}
+    biases = {plain_name(name): bias for name, bias in selection_biases(model).items()}
     saved = load_file(path)
     shapes = {name: bias.numel() for name, bias in saved.items()}
     if shapes != {name: bias.numel() for name, bias in biases.items()}:
@@ -157,8 +157,3 @@ def load_router_bias(model: nn.Module, folder: str | Path) -> None:
         )
     for name, bias in saved.items():
         biases[name].data.copy_(bias.view_as(biases[name]))
-
-
-def _plain(name: str) -> str:
-    """The name of a router without what PEFT puts around the model."""
-    return without_wrappers(name.removeprefix("base_model.model."))

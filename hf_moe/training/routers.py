@@ -236,6 +236,11 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
+def plain_name(name: str) -> str:
+    """The name that a module or parameter has in a model without PEFT."""
+    return without_wrappers(name.removeprefix("base_model.model."))
+
+
 def _find_top_k(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     for owner in (config, getattr(config, "ffn_config", None)):

@@ -154,7 +154,8 @@ def test_inspect_draws(run_command, tmp_path):
     run = run_command("inspect", tmp_path / "moe", *texts, "--length", 50, "--card")
     assert run.returncode == 0, run.stderr
     card = (tmp_path / "moe" / "README.md").read_text()
-    assert card.startswith("# A model\n\n<!-- routing: begin -->") and "| one | 207 |" in card
+    assert card.startswith("# A model\n\n<!-- routing: begin -->")
+    assert "| one | 207 |" in card
     assert (tmp_path / "moe" / "routing" / "domains.png").is_file()
     run = run_command("inspect", tmp_path / "moe", *texts, "--history", tmp_path)
     assert "--history is for the card. Give --card too." in run.stderr

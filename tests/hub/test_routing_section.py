@@ -42,7 +42,9 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith(CARD)
     assert text.endswith("<!-- routing: end -->\n\n## More\n\nof it\n")
-    assert text.count("## Routing") == 1 and "code" not in text and "domains.png" not in text
+    assert text.count("## Routing") == 1
+    assert "code" not in text
+    assert "domains.png" not in text
     assert [path.name for path in (tmp_path / "routing").iterdir()] == ["load.png"]
     add_routing_section(tmp_path, {"law": LAW})
     assert (tmp_path / "README.md").read_text() == text

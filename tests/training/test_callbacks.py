@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +18,16 @@ import trl
 from conftest import dense_model, moe_model, save_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from router_gradients import rows, trainable
+from router_gradients import KINDS, rows, trainable
 from safetensors.torch import load_file
 from small_models import small_moe
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from hf_moe import (
+    BiasBalancer,
     BiasBalancingCallback,
+    LoadBalancer,
     LoadBalancingCallback,
     RouterFreezeCallback,
     RouterReplayCallback,
@@ -32,6 +36,7 @@ from hf_moe import (
     add_moe_callbacks,
     load_router_bias,
 )
+from hf_moe.training.router_hooks import RouterHooks
 from hf_moe.training.routers import find_routers
 
 
@@ -186,6 +191,37 @@ def test_trackio_has_the_keys(tmp_path):
         assert [entry[f"train/moe/{key}"] for entry in stored] == pytest.approx(expected)
 
 
+SUMMARY = """
+import json, sys
+from pathlib import Path
+from router_gradients import trainable
+from test_callbacks import make_trainer
+from hf_moe import RouterStatisticsCallback
+trainer = make_trainer(trainable("mixtral"), Path(sys.argv[1]), RouterStatisticsCallback(), report_to=["wandb"])
+trainer.train()
+import wandb
+print(json.dumps([{key: wandb.run.summary[key] for key in wandb.run.summary.keys()}, trainer.state.log_history]))
+wandb.finish()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_wandb_has_the_keys(tmp_path):
+    """In its file, and in its summary the last values."""
+    path = os.pathsep.join([*sys.path, os.path.abspath(os.environ["HF_MOE_WANDB"])])
+    environment = {**os.environ, "PYTHONPATH": path, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SUMMARY, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    summary, history = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("[{")))
+    (written,) = tmp_path.rglob("run-*.wandb")
+    for key in KEYS:
+        expected = [entry[f"moe/{key}"] for entry in history if f"moe/{key}" in entry]
+        assert summary[f"train/moe/{key}"] == pytest.approx(expected[-1])
+        assert f"train/moe/{key}".encode() in written.read_bytes()
+
+
 class HostReads(TorchDispatchMode):
     """Counts how often a number is read from a tensor, which is what makes the host wait for a device."""
 
@@ -227,6 +263,28 @@ def test_the_device_is_asked_for_nothing_between_logs(tmp_path):
         found.append(reads)
     assert found[0][1:4] == found[1][1:4]
     assert found[1][0] > found[0][0]  # so that the count is one of what it should be
+
+
+def test_no_number_is_fetched_from_a_device(monkeypatch):
+    """On a device without data every copy to the host is an error; what the scores are is found out before."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # not for this device
+    model = trainable("deepseek_v3").to("meta")
+    model.set_experts_implementation("batched_mm")
+    hooks = RouterHooks(model)
+    hooks._scores = dict.fromkeys(hooks.routers, "sigmoid")
+    statistics = RouterStatisticsCallback()
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), is_world_process_zero=lambda: True)
+    statistics.begin(model, SimpleNamespace(hooks=lambda model: hooks, trainer=trainer))
+    balancers = [LoadBalancer(kind, **options).attach(hooks) for kind, options in KINDS.items()]
+    balancers += [LoadBalancer("switch", adaptive=True).attach(hooks), BiasBalancer().attach(hooks)]
+    input_ids = torch.zeros(2, 12, dtype=torch.long, device="meta")
+    for _ in range(2):
+        model(input_ids=input_ids).logits.sum().backward()
+        for balancer in balancers:
+            balancer.step()
+        statistics._add_pending()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        statistics.metrics()  # which asks
 
 
 def resumed(make, tmp_path: Path, **arguments: Any) -> tuple[Trainer, Trainer]:

@@ -8,7 +8,8 @@ from router_gradients import rows, trainable
 from small_models import small_moe
 from test_callbacks import logged, make_trainer
 
-from hf_moe import ExpertCollapseCallback, RouterStatisticsCallback
+from hf_moe import ExpertCollapseCallback, RouterStatisticsCallback, RoutingHistory
+from hf_moe.plots import plot_history
 from hf_moe.training.routers import find_routers
 
 
@@ -68,6 +69,19 @@ def test_a_dead_expert_becomes_a_copy_of_the_busiest(kind, tmp_path, caplog):
     router.module.register_forward_hook(lambda m, a, o: counted.append(o[2]))
     model(torch.stack([row["input_ids"] for row in rows(16)]))
     assert {2, donor} <= set(counted[0].flatten().tolist())
+
+
+def test_the_picture_shows_that_an_expert_is_revived(tmp_path):
+    """Its bias keeps all tokens from it, until it becomes a copy of the busiest expert after two steps."""
+    model = trainable("deepseek_v3")
+    next(iter(find_routers(model).values())).module.e_score_correction_bias[2] = -10
+    callbacks = [ExpertCollapseCallback(2, "reseed"), RouterStatisticsCallback(folder=str(tmp_path / "routing"))]
+    make_trainer(model, tmp_path, *callbacks, logging_steps=1, gradient_accumulation_steps=4).train()
+    assert (tmp_path / "routing" / "load_over_steps.png").is_file()
+    figure = plot_history(RoutingHistory.load(tmp_path / "routing"))
+    first = next(axes for part in figure.subfigs for axes in part.axes if axes.get_title() == "layer 1")
+    load = first.images[0].get_array()[:, 2]
+    assert (load == 0).tolist() == [True, True, False, False]
 
 
 def test_most_experts_are_dead(tmp_path, caplog):
