@@ -186,7 +186,7 @@ class LoadBalancer:
             self._window = self._sum_counts(self._counts)
             if self.adaptive:
                 self._coefs = {name: self._adapted_coef(name, window[:-2]) for name, window in self._window.items()}
-            elif self.kind == "sparsity":
+            elif self.kind == "sparsity" and self._window:
                 self._coefs = self._coefs_for_sparsity()
         self._was_checked = self._was_checked or self._num_added > 0
         self._counts, self._num_added, self._num_arrived = {}, 0, 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import dense_model, moe_model, save_tokenizer
+from conftest import assert_close, dense_model, moe_model, save_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from router_gradients import KINDS, rows, trainable
@@ -605,7 +605,7 @@ def language_data() -> dict[str, Dataset]:
     }
 
 
-def trl_trainer(name: str, tmp_path: Path, **options: Any) -> Trainer:
+def trl_trainer(name: str, tmp_path: Path, settings: dict[str, Any] | None = None, **options: Any) -> Trainer:
     moe_model("llama").save_pretrained(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "tokenizer")
@@ -620,10 +620,8 @@ def trl_trainer(name: str, tmp_path: Path, **options: Any) -> Trainer:
         options["reward_funcs"] = lambda completions, **kwargs: [float(len(text)) for text in completions]
     return trainer(
         model=model,
-        args=config(str(tmp_path / "out"), router_aux_loss_coef=0.0, **arguments),
-        train_dataset=language_data()[name],
-        processing_class=tokenizer,
-        **options,
+        args=config(str(tmp_path / "out"), router_aux_loss_coef=0.0, **arguments | (settings or {})),
+        **{"train_dataset": language_data()[name], "processing_class": tokenizer, **options},
     )
 
 
@@ -649,6 +647,40 @@ def test_trl(name, is_adapter, tmp_path, caplog):
     assert "own balance loss" not in caplog.text
     changed = [not torch.equal(*pair) for pair in zip(*weights, strict=True)]
     assert any(changed) if is_adapter else all(changed)  # an adapter has the routers it was made from besides
+
+
+class TakeGradients(transformers.TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        routers = find_routers(model).values()
+        self.gradients = torch.stack([router.module.weight.grad.detach().clone() for router in routers])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"gradient_accumulation_steps": 2, "padding_free": True, "max_length": None},
+        {"gradient_accumulation_steps": 2, "loss_type": "dft"},
+    ],
+)
+def test_the_same_gradient_in_every_setting_of_trl(setting, tmp_path):
+    """All texts are alike, so that the number of micro-batches does not matter."""
+
+    def added(settings: dict[str, Any]) -> torch.Tensor:
+        gradients = []
+        for coef in (0.0, 1.0):
+            texts = Dataset.from_dict({"text": ["jumps over the lazy dog"] * 16})
+            settings = {"learning_rate": 0.0, "max_grad_norm": 0.0, "max_steps": 1, **settings}
+            trainer = trl_trainer("sft", tmp_path, settings, train_dataset=texts)
+            add_moe_callbacks(trainer, LoadBalancingCallback("switch", coef))
+            trainer.add_callback(take := TakeGradients())
+            trainer.train()
+            gradients.append(take.gradients)
+        return gradients[1] - gradients[0]
+
+    expected = added({})
+    assert expected.norm() > 0.1
+    assert_close(added(setting), expected, 1e-5)
 
 
 def test_reinforcement_learning_has_no_balance_loss_by_default(tmp_path, caplog):

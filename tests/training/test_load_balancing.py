@@ -532,3 +532,28 @@ def test_the_state_of_another_loss_is_refused():
     state = LoadBalancer("z").state_dict()
     with pytest.raises(ValueError, match="a balance loss of kind 'z', and this is one of kind 'switch'"):
         LoadBalancer("switch").load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", ["global_batch", "sparsity"])
+def test_a_step_without_a_pass_changes_nothing(kind):
+    balancer = LoadBalancer(kind, 0.0).attach(trainable("mixtral"))
+    balancer.step()
+    assert balancer.state_dict()["coefs"] == {}
+
+
+def test_a_router_that_did_not_run_in_the_step_before_has_its_own_counts_alone():
+    """As one that no process ran, for which the sum over processes is zero."""
+    model = trainable("mixtral")
+    batch = {key: torch.stack([row[key] for row in rows()]) for key in rows()[0]}
+    gradients = []
+    for kind in ("switch", "global_batch"):
+        balancer = LoadBalancer(kind, 1.0)
+        window = {name: [0.0] * 6 for name in find_routers(model)}
+        balancer.load_state_dict({"kind": kind, "num_steps": 1, "coefs": {}, "window": window, "values": {}})
+        balancer.attach(model)
+        model.zero_grad()
+        (model(**batch).logits.sum() * 0).backward()
+        gradients.append(torch.stack([router.module.weight.grad.clone() for router in find_routers(model).values()]))
+        balancer.detach()
+    assert gradients[0].norm() > 0.1
+    assert_close(gradients[1], gradients[0], 1e-6)
