@@ -136,7 +136,7 @@ def seconds_of_steps(
 def _next(told: Any, processes: list[Any]) -> tuple[str, float]:
     while True:
         try:
-            return told.get(timeout=5)
+            return told.get(timeout=1)
         except queue.Empty:
             if any(process.exitcode for process in processes):
                 raise RuntimeError("One of the trainings ended with an error, which is above.") from None
