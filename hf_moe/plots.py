@@ -70,7 +70,7 @@ def plot_history(history: "RoutingHistory", path: str | Path | None = None, titl
     """
     if not history.steps:
         raise ValueError("The history is empty: nothing was logged.")
-    names = list(history.statistics[0].layers)
+    names = list({name: None for one in history.statistics for name in one.layers})
     shown = [
         names[place] for place in np.unique(np.linspace(0, len(names) - 1, min(MAX_LAYERS, len(names))).astype(int))
     ]
@@ -78,18 +78,19 @@ def plot_history(history: "RoutingHistory", path: str | Path | None = None, titl
     lines, maps = figure.subfigures(2, 1)
     measures = {"entropy": "entropy", "max_violation": "max violation", "dead": "dead experts"}
     for axes, (measure, label) in zip(lines.subplots(1, 3), measures.items(), strict=True):
-        values = np.array([[_measure(layer, measure) for layer in one.layers.values()] for one in history.statistics])
-        axes.fill_between(
-            history.steps, values.min(1), values.max(1), color="C0", alpha=0.2, linewidth=0, label="all layers"
-        )
-        axes.plot(history.steps, values.mean(1), color="C0", marker=".", label="mean")
+        values = [[_measure(layer, measure) for layer in one.layers.values()] for one in history.statistics]
+        lowest, highest = [min(of) for of in values], [max(of) for of in values]
+        axes.fill_between(history.steps, lowest, highest, color="C0", alpha=0.2, linewidth=0, label="all layers")
+        axes.plot(history.steps, [np.mean(of) for of in values], color="C0", marker=".", label="mean")
         axes.set_xlabel("step")
         axes.set_title(label)
         axes.set_ylim(bottom=0)
     axes.legend()
     all_axes = np.atleast_1d(maps.subplots(1, len(shown), sharey=True))
     for axes, name in zip(all_axes, shown, strict=True):
-        image = _heat_map(axes, _relative_load([one[name].load.numpy() for one in history.statistics]))
+        # A layer for images has no load where there were none.
+        loads = [one[name].load.numpy() if name in one.layers else np.empty(0) for one in history.statistics]
+        image = _heat_map(axes, _relative_load(loads))
         axes.set_title(f"layer {layer_number(name)}")
         every = max(1, len(history.steps) // 8)
         axes.set_yticks(range(0, len(history.steps), every), history.steps[::every])
@@ -120,6 +121,8 @@ def plot_specialization(
         raise ValueError(f"Specialization is a difference between domains; given: {', '.join(statistics) or 'none'}.")
     pictures = {}
     for name in next(iter(statistics.values())).layers:
+        if any(name not in of_domain.layers for of_domain in statistics.values()):
+            continue  # a layer that some domain does not reach
         loads = np.array([of_domain[name].load.numpy() for of_domain in statistics.values()])
         pictures[name] = loads / np.maximum(loads.mean(0, keepdims=True), 1e-12)
     figure, all_axes = _heat_maps(pictures, 3.2, 0.9 + 0.28 * len(statistics), "share in domain / mean share")
@@ -142,22 +145,35 @@ def plot_coactivation(
         title (`str`, *optional*): A line above it.
 
     Returns:
-        `matplotlib.figure.Figure`, in which 1 is what experts chosen independently of each other would have.
+        `matplotlib.figure.Figure`, in which 1 is what pairs would have if every expert had a weight of its own, those that make it as
+        frequent as it is, and the choice of one told nothing of the others.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
     pictures = {}
     for name, together in coactivation.items():
-        together = np.asarray(together, dtype=float)
-        alone = together.diagonal()
-        expected = np.outer(alone, alone)
-        np.fill_diagonal(expected, 0)  # an expert is never chosen twice
-        num_pairs = max(together.sum() - alone.sum(), 1)
+        together = np.array(together, dtype=float)
+        np.fill_diagonal(together, 0)
+        expected = _independent_pairs(together.sum(1))
         missing = np.full_like(together, np.nan)
-        pictures[name] = np.divide(together * expected.sum(), expected * num_pairs, where=expected > 0, out=missing)
-    figure, _ = _heat_maps(pictures, 2.8, 2.6, "together / if independent")
+        pictures[name] = np.divide(together, expected, where=expected > 0, out=missing)
+    figure, all_axes = _heat_maps(pictures, 2.8, 2.6, "together / if independent")
+    for axes in all_axes:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("expert")
     return _finish(figure, path, title)
+
+
+def _independent_pairs(sums: np.ndarray) -> np.ndarray:
+    """The symmetric matrix with these sums of rows that is a product of a weight of each row and column, and 0 on the diagonal."""
+    weights = sums / max(np.sqrt(sums.sum()), 1e-12)
+    for _ in range(1000):
+        others = weights.sum() - weights
+        weights = np.sqrt(weights * np.divide(sums, others, where=others > 0, out=np.zeros_like(sums)))
+    pairs = np.outer(weights, weights)
+    np.fill_diagonal(pairs, 0)
+    return pairs
 
 
 def _measure(layer: Any, name: str) -> float:

@@ -116,7 +116,10 @@ torch.set_num_threads(1)
 def called_by_us() -> bool:
     """Whether hf_moe's own code is among the callers."""
     package = str(Path(hf_moe.__file__).parent) + os.sep
-    return any(frame.filename.startswith(package) for frame in traceback.extract_stack())
+    frames = (
+        frame for frame in traceback.extract_stack() if frame.name != "train_and_end"
+    )  # around all of a training
+    return any(frame.filename.startswith(package) for frame in frames)
 
 
 class DeprecationRecorder(logging.Handler):

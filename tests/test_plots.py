@@ -77,6 +77,19 @@ def test_coactivation_of_independent_experts_is_one(tmp_path):
     np.testing.assert_allclose(values(figure.axes[0]), np.where(np.eye(4) > 0, np.nan, 1))
 
 
+def test_coactivation_of_experts_of_unequal_load_is_one_too():
+    """Two of four by chance, one of them seven times as likely as the others: what chance alone makes of pairs is no pattern."""
+    generator = np.random.default_rng(0)
+    scores = np.log([0.1, 0.1, 0.1, 0.7]) + generator.gumbel(size=(100_000, 4))
+    together = np.zeros((4, 4))
+    for first, second in (both := np.argsort(-scores, axis=1)[:, :2]):
+        together[[first, second], [second, first]] += 1
+    together += np.diag(np.bincount(both.ravel(), minlength=4))
+    figure = plot_coactivation({"model.layers.0.mlp.gate": together})
+    found = values(figure.axes[0])
+    np.testing.assert_allclose(found[~np.eye(4, dtype=bool)], 1, atol=0.05)
+
+
 def test_the_page_holds_tokens_and_choices(tmp_path):
     tokens = ["<b>", " and", "</script>\n"]
     choices = {"model.layers.4.mlp.gate": torch.tensor([[0, 1], [2, 0], [1, 3]])}

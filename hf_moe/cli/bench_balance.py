@@ -63,7 +63,7 @@ def balance(
     out.table(rows)
     out.text(
         f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {'bfloat16' if on_gpu else 'float32'}, {layers} layers of {experts} experts, hidden "
-        f"size {hidden}, {tokens} tokens, log every {interval} steps, {runs} intervals"
+        f"size {hidden}, {tokens // length * length} tokens, log every {interval} steps, {runs} intervals"
     )
 
 
@@ -77,7 +77,7 @@ def make_model(layers: int, experts: int, hidden: int, on_gpu: bool, own_loss: b
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
+        num_key_value_heads=hidden // 64,
         head_dim=64,
         moe_intermediate_size=hidden // 2,
         num_experts=experts,
@@ -111,25 +111,27 @@ def seconds_of_steps(
     names = list(make_variants())
     context = multiprocessing.get_context("spawn")
     turns, told = [context.Semaphore(0) for _ in names], context.Queue()
-    arguments = (sizes, steps, interval, batch_size, length)
-    processes = [
-        context.Process(
-            target=train, args=(name, *arguments, turns[place], turns[(place + 1) % len(names)], told), daemon=True
-        )
-        for place, name in enumerate(names)
-    ]
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for process in processes:
-        process.start()
-    turns[0].release()
-    number = range(steps * len(names))
-    try:
-        for _ in tqdm(number, desc="Training", unit=" steps", disable=True if out.is_quiet() else None):
-            name, taken = _next(told, processes)
-            seconds[name].append(taken)
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (folder, sizes, steps, interval, batch_size, length)
+        processes = [
+            context.Process(
+                target=train, args=(name, *arguments, turns[place], turns[(place + 1) % len(names)], told), daemon=True
+            )
+            for place, name in enumerate(names)
+        ]
         for process in processes:
-            process.terminate()
+            process.start()
+        turns[0].release()
+        number = range(steps * len(names))
+        try:
+            for _ in tqdm(number, desc="Training", unit=" steps", disable=True if out.is_quiet() else None):
+                name, taken = _next(told, processes)
+                seconds[name].append(taken)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
     return seconds
 
 
@@ -144,6 +146,7 @@ def _next(told: Any, processes: list[Any]) -> tuple[str, float]:
 
 def train(
     name: str,
+    folder: str,
     sizes: dict[str, Any],
     steps: int,
     interval: int,
@@ -186,21 +189,20 @@ def train(
     ids = torch.randint(
         model.config.vocab_size, (steps * batch_size, length), generator=torch.Generator().manual_seed(0)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            logging_steps=interval,
-            optim="sgd",
-            save_strategy="no",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            report_to=[],
-            disable_tqdm=True,
-            log_level="error",
-        )
-        trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
-        trainer.remove_callback(trainer.callback_handler.callbacks[-1])  # prints the log
-        add_moe_callbacks(trainer, *make_variants()[name]())
-        trainer.add_callback(TakeTurns())
-        trainer.train()
+    arguments = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        logging_steps=interval,
+        optim="sgd",
+        save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.remove_callback(trainer.callback_handler.callbacks[-1])  # prints the log
+    add_moe_callbacks(trainer, *make_variants()[name]())
+    trainer.add_callback(TakeTurns())
+    trainer.train()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from huggingface_hub.cli import out
 
+from .loading import read_text
+
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +128,7 @@ def _tokens(base: str, config, text: Path | None, max_tokens: int, trust_remote_
         ids = torch.randint(vocabulary, (max_tokens,), generator=torch.Generator().manual_seed(0))
     else:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+        ids = tokenizer(read_text(text), return_tensors="pt", verbose=False)["input_ids"][0]
         if not len(ids):
             raise ValueError(f"--text: there is no text in {text}.")
         ids = ids[:max_tokens]

@@ -11,7 +11,7 @@ from huggingface_hub.cli import out
 
 from .display import count
 from .harness import find_tasks, run_tasks
-from .inspect import check_folder
+from .loading import check_folder, load_model, read_text
 
 
 if TYPE_CHECKING:
@@ -64,12 +64,7 @@ def evaluate(
         output.parent.mkdir(parents=True, exist_ok=True)
     chosen = None if tasks is None else find_tasks(tasks, include_path)
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(
-        model, trust_remote_code=trust_remote_code, dtype="auto", device_map="auto"
-    )
+    network, tokenizer = load_model(model, trust_remote_code)
     report: dict[str, Any] = {"model": model}
     if domains:
         report |= {"length": length, **_measure_domains(network, tokenizer, domains, length, max_tokens, batch_size)}
@@ -95,7 +90,7 @@ def _read_domains(options: list[str]) -> dict[str, list[str]]:
             raise ValueError(f"--text takes DOMAIN=FILE, such as code=code.txt, got {option!r}.")
         if not Path(path).is_file():
             raise ValueError(f"--text {option}: there is no file {path}.")
-        domains.setdefault(domain, []).append(Path(path).read_text(encoding="utf-8"))
+        domains.setdefault(domain, []).append(read_text(Path(path)))
     return domains
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from huggingface_hub.cli import out
 
+from .loading import check_folder, load_model, read_text
+
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,6 @@ def inspect(
     """Run text through a model and show the load of every layer's experts."""
     import torch
     from huggingface_hub.utils import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..hub.routing_section import add_routing_section
     from ..plots import plot_coactivation, plot_load, plot_specialization
@@ -52,18 +53,19 @@ def inspect(
 
     _check_paths(model, text)
     of_training = _check_card(model, card, history)
-    if plot_domains is not None and len(text) < 2:
-        raise ValueError("--plot-domains compares texts. Give --text at least twice.")
-    for path in (plot, plot_domains, plot_pairs, html, output):
+    if plot_domains is not None and len(set(text)) < 2:
+        raise ValueError("--plot-domains compares texts. Give --text at least twice, with different files.")
+    if max_tokens < len(text):
+        raise ValueError(f"--max-tokens is {max_tokens}, which is less than a token for each of {len(text)} texts.")
+    pictures = (plot, plot_domains, plot_pairs)
+    for path in (*pictures, html, output):
         if path is not None:
+            _check_output(path, path in pictures)
             path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    network, tokenizer = load_model(model, trust_remote_code)
     sequences = [
         (path, sequence) for path in text for sequence in _sequences(tokenizer, path, max_tokens // len(text), length)
     ]
-    network = AutoModelForCausalLM.from_pretrained(
-        model, trust_remote_code=trust_remote_code, dtype="auto", device_map="auto"
-    )
     recorders = {path: RoutingRecorder(network, coactivation=plot_pairs is not None) for path in text}
     quiet = True if out.is_quiet() else None
     for path, sequence in tqdm(sequences, desc="Routing", unit=" sequences", disable=quiet):
@@ -119,6 +121,13 @@ def _check_paths(model: str, texts: list[Path]) -> None:
     check_folder(model)
 
 
+def _check_output(path: Path, is_picture: bool) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Give a file to write.")
+    if is_picture and path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"{path} is no name of a picture. End it with .png, .pdf or .svg.")
+
+
 def _check_card(model: str, card: bool, history: Path | None) -> "RoutingHistory | None":
     from ..hub.routing_section import split_card
     from ..training.history import RoutingHistory
@@ -135,15 +144,6 @@ def _check_card(model: str, card: bool, history: Path | None) -> "RoutingHistory
     if not of_training.steps:
         raise ValueError(f"The history in {history} is empty: nothing was logged.")
     return of_training
-
-
-def check_folder(model: str) -> None:
-    """Refuse a path that is no folder, and a folder without a tokenizer."""
-    folder = Path(model)
-    if not folder.is_dir() and (folder.is_absolute() or model.count("/") > 1 or model.startswith(".")):
-        raise ValueError(f"There is no folder {model}, and it is no id of a model on the Hub either.")
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        raise ValueError(f"The folder {model} has no tokenizer. Save that of the dense model into it.")
 
 
 def _row(name: str, layer: "LayerRouting") -> dict[str, str | int]:
@@ -166,7 +166,7 @@ def _sequences(tokenizer, path: Path, max_tokens: int, length: int) -> "list[tor
     """`(1, S)` token ids of at most `length`."""
     import torch
 
-    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"]
+    ids = tokenizer(read_text(path), return_tensors="pt", verbose=False)["input_ids"]
     sequences = [sequence for sequence in torch.split(ids[:, :max_tokens], length, dim=1) if sequence.numel()]
     if not sequences:
         raise ValueError(f"There is no text in {path}.")

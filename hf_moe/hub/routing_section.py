@@ -31,16 +31,11 @@ def add_routing_section(
         history ([`RoutingHistory`], *optional*): What a [`RouterStatisticsCallback`] wrote in the model's training.
 
     Raises:
-        ValueError: if there is no card, or the marks of the section in it are broken.
+        ValueError: if there is no card, the marks of the section in it are broken, or the history is empty.
         ImportError: if matplotlib is not installed.
     """
     before, after = split_card(folder)
-    pictures = Path(folder, "routing")
-    pictures.mkdir(exist_ok=True)
-    for name in PICTURES:
-        (pictures / name).unlink(missing_ok=True)
-    together = RoutingStatistics.sum(texts.values())
-    plot_load(together, pictures / "load.png")
+    pictures = {"load.png": plot_load(RoutingStatistics.sum(texts.values()))}
     lines = [
         BEGIN,
         "## Routing",
@@ -55,7 +50,7 @@ def add_routing_section(
         "![Load of every layer's experts](routing/load.png)",
     ]
     if len(texts) > 1:
-        plot_specialization(texts, pictures / "domains.png")
+        pictures["domains.png"] = plot_specialization(texts)
         lines += [
             "",
             "Which experts serve which text:",
@@ -63,8 +58,15 @@ def add_routing_section(
             "![Share of each text in every expert](routing/domains.png)",
         ]
     if history is not None:
-        plot_history(history, pictures / "history.png")
+        pictures["history.png"] = plot_history(history)
         lines += ["", "How the load changed in training:", "", "![Load over the steps](routing/history.png)"]
+    Path(folder, "routing").mkdir(exist_ok=True)
+    for name in PICTURES:
+        path = Path(folder, "routing", name)
+        if name in pictures:
+            pictures[name].savefig(path, dpi=150)
+        else:
+            path.unlink(missing_ok=True)
     text = "\n".join([before.rstrip(), "", *lines, END, "", after.strip()]).rstrip() + "\n"
     Path(folder, "README.md").write_text(text, encoding="utf-8")
 

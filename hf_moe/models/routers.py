@@ -31,8 +31,10 @@ class MoeRouter(nn.Module):
     A router maps hidden states of shape `(..., H)` to the tuple `(router_logits, top_k_weights, top_k_index)` of shapes
     `(T, E)`, `(T, K)` and `(T, K)`. The weights are float32 and stay so until the experts' outputs are summed: rounding
     them to bfloat16 first would let K equal experts differ from the one they were copied from. A slot that takes no
-    expert has index `num_experts` and weight 0.
+    expert has index `num_experts` and weight 0. `score` says what a subclass makes of its logits.
     """
+
+    score: str
 
     def __init__(self, config, num_experts: int):
         super().__init__()
@@ -58,6 +60,8 @@ class SoftmaxTopKRouter(MoeRouter):
     | balance loss | Switch's, minimum K |
     | state buffers | `e_score_correction_bias` with `use_expert_bias` |
     """
+
+    score = "softmax"
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)

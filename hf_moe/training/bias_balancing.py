@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`BiasBalancer`: balance without a loss, by the bias with which DeepSeek-V3's routers choose."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from ..models.routers import MoeRouter
 from .rank_sum import RankSum
 from .router_hooks import RouterCall, RouterHooks
 from .routers import find_routers, find_selection_bias, plain_name
@@ -50,7 +53,7 @@ class BiasBalancer:
     update_rate: float = 1e-3
 
     def __post_init__(self):
-        if not self.update_rate > 0:
+        if not 0 < self.update_rate < math.inf:
             raise ValueError(f"update_rate is {self.update_rate!r}. Choose a number above 0; 0.001 is DeepSeek-V3's.")
         self._hooks: RouterHooks | None = None
         self._biases: dict[str, torch.Tensor] = {}
@@ -62,9 +65,15 @@ class BiasBalancer:
         Raises:
             ValueError: if the model has no routers, or these no bias to choose with.
         """
-        self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
-        self._sum = RankSum(self._hooks)
-        self._of_model = selection_biases(self._hooks.model)
+        self.detach()
+        hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        self._of_model = selection_biases(hooks.model)
+        if unknown := [name for name in self._biases if name not in self._of_model]:
+            raise ValueError(
+                f"The biases that were loaded are those of another model: it has no router {unknown[0]!r} with a bias, but "
+                f"{', '.join(self._of_model)}."
+            )
+        self._hooks, self._sum = hooks, RankSum(hooks)
         self._counts: dict[str, torch.Tensor] = {}
         for name, bias in self._of_model.items():
             float32 = self._biases.get(name, bias.detach().float().flatten().clone()).to(bias.device)
@@ -106,6 +115,11 @@ class BiasBalancer:
         """Write the biases to `router_bias.safetensors`, for adapters, whose files hold none; [`load_router_bias`] reads it."""
         save_file({plain_name(name): bias.cpu() for name, bias in self._biases.items()}, Path(folder, FILE_NAME))
 
+    def load(self, folder: str | Path) -> None:
+        """Go on with the biases that [`~BiasBalancer.save`] wrote, which are not put into the model."""
+        saved = load_file(Path(folder, FILE_NAME))
+        self._biases = {name: saved[plain_name(name)].to(bias.device) for name, bias in self._biases.items()}
+
     def _count(self, call: RouterCall) -> None:
         if call.is_training and not call.is_recomputation and call.name in self._of_model:
             self._counts[call.name] = self._counts.get(call.name, 0) + call.counts_E
@@ -136,7 +150,7 @@ def selection_biases(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_router_bias(model: nn.Module, folder: str | Path) -> None:
     """
-    Put biases that a [`BiasBalancingCallback`] saved beside an adapter into the model.
+    Put biases that a [`BiasBalancingCallback`] saved beside an adapter into the model. Routers of hf_moe without a bias get one.
 
     Args:
         model (`torch.nn.Module`): The model that was trained, with or without its adapter.
@@ -147,13 +161,26 @@ def load_router_bias(model: nn.Module, folder: str | Path) -> None:
     """
     path = Path(folder, FILE_NAME)
     if not path.is_file():
-        raise ValueError(f"{folder} has no {FILE_NAME}: the adapter was not trained with a BiasBalancingCallback.")
-    biases = {plain_name(name): bias for name, bias in selection_biases(model).items()}
+        raise ValueError(
+            f"There is no {path}. A BiasBalancingCallback writes it into checkpoints of an adapter, into `output_dir` at the end, and "
+            "where `trainer.save_model` saves; `save_pretrained` does not, and `balancer.save(folder)` does."
+        )
+    routers = {plain_name(name): router.module for name, router in find_routers(model).items()}
+    without = [
+        name
+        for name, router in routers.items()
+        if isinstance(router, MoeRouter) and router.e_score_correction_bias is None
+    ]
+    biases = {} if len(without) == len(routers) else selection_biases(model)
+    sizes = {plain_name(name): bias.numel() for name, bias in biases.items()}
+    sizes |= {name: routers[name].num_experts for name in without}
     saved = load_file(path)
-    shapes = {name: bias.numel() for name, bias in saved.items()}
-    if shapes != {name: bias.numel() for name, bias in biases.items()}:
+    if sizes != {name: bias.numel() for name, bias in saved.items()}:
         raise ValueError(
             f"The routers of {path} are not those of this {type(model).__name__}. Load the model it was trained on."
         )
-    for name, bias in saved.items():
-        biases[name].data.copy_(bias.view_as(biases[name]))
+    for name in without:
+        routers[name].e_score_correction_bias = torch.zeros(sizes[name], device=routers[name].weight.device)
+        cast(PreTrainedModel, model).config.use_expert_bias = True
+    for name, bias in selection_biases(model).items():
+        bias.data.copy_(saved[plain_name(name)].view_as(bias))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks that steer routers: balance losses, DeepSeek-V3's bias, schedules of freezing, experts that collapse."""
 
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,6 @@ class LoadBalancingCallback(MoeCallback):
         return self.balancer.state_dict()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state["kind"] != self.balancer.kind:
-            logger.warning(
-                f"The checkpoint was saved with the balance loss {state['kind']!r}, so that {self.balancer.kind!r} begins anew."
-            )
-            return
         self.balancer.load_state_dict(state)
 
 
@@ -98,8 +93,9 @@ class BiasBalancingCallback(MoeCallback):
     A [`BiasBalancer`] for [`~transformers.Trainer`]: balance without a loss, for routers with a selection bias
     (https://huggingface.co/papers/2408.15664).
 
-    Checkpoints hold the bias where the whole model is saved. Files of adapters do not, so that it is written beside them, into
-    checkpoints and at the end into `output_dir`; [`load_router_bias`] reads it.
+    Checkpoints hold the bias where the whole model is saved. Files of adapters do not, so that it is written beside them: into
+    checkpoints, at the end into `output_dir`, and wherever `trainer.save_model` saves, but not by `model.save_pretrained`.
+    [`load_router_bias`] reads it.
 
     Args:
         update_rate (`float`, *optional*, defaults to 0.001): The change of a step.
@@ -108,7 +104,13 @@ class BiasBalancingCallback(MoeCallback):
         ValueError: if `update_rate` is not above 0.
     """
 
+    begins_anew = (
+        " The biases begin as they are in the model; for an adapter, put them there first: "
+        "`load_router_bias(model, checkpoint)`."
+    )
+
     def __init__(self, update_rate: float = 1e-3):
+        self._is_adapter = False
         super().__init__(update_rate=update_rate)
 
     def reset(self) -> None:
@@ -124,29 +126,18 @@ class BiasBalancingCallback(MoeCallback):
     def after_step(self, args, state, control, **kwargs):
         self.balancer.step()
 
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if not self._is_adapter or not state.is_world_process_zero:
-            return
-        if folder.is_dir():
+    def save(self, folder: Path) -> None:
+        if self._is_adapter:
             self.balancer.save(folder)
-        else:
-            logger.warning(
-                f"There is no {folder}, so that the routers' bias is not beside this checkpoint of the adapter."
-            )
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self._is_adapter:
-            best = Path(state.best_model_checkpoint or "", FILE_NAME)
-            is_best = args.load_best_model_at_end and best.is_file()
-            if is_best:
-                load_router_bias(model, best.parent)  # whose adapter the model has again
-            if state.is_world_process_zero:
-                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-                if is_best:
-                    shutil.copyfile(best, Path(args.output_dir, FILE_NAME))
-                else:
-                    self.balancer.save(args.output_dir)
+        best = Path(state.best_model_checkpoint or "", FILE_NAME)
+        if self._is_adapter and args.load_best_model_at_end and best.is_file():
+            load_router_bias(model, best.parent)  # whose adapter the model has again
+            self.balancer.load(best.parent)
+        if self._is_adapter and state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.balancer.save(args.output_dir)
         super().on_train_end(args, state, control, **kwargs)
 
     def save_state(self) -> dict[str, Any]:
@@ -161,7 +152,8 @@ class RouterFreezeCallback(MoeCallback):
     Freezes the routers, or everything but them, for a part of the training.
 
     Args:
-        freeze_from (`int`, *optional*, defaults to 0): Optimizer step from which on the routers are frozen.
+        freeze_from (`int`, *optional*): Optimizer step from which on the routers are frozen. The default is 0, and with
+            `only_routers_until` never.
         freeze_until (`int`, *optional*): Optimizer step at which they train again; never if None.
         only_routers_until (`int`, *optional*, defaults to 0): Before this step only the routers train, as a start for new ones.
 
@@ -170,8 +162,11 @@ class RouterFreezeCallback(MoeCallback):
             `ddp_find_unused_parameters=True`, or if the routers are frozen already.
     """
 
-    def __init__(self, freeze_from: int = 0, freeze_until: int | None = None, only_routers_until: int = 0):
+    def __init__(self, freeze_from: int | None = None, freeze_until: int | None = None, only_routers_until: int = 0):
         super().__init__(freeze_from=freeze_from, freeze_until=freeze_until, only_routers_until=only_routers_until)
+        if freeze_from is None and only_routers_until:
+            freeze_from = sys.maxsize
+        freeze_from = freeze_from or 0
         if freeze_until is not None and freeze_until <= freeze_from:
             raise ValueError(f"freeze_until is {freeze_until} and freeze_from {freeze_from}. Choose a later step.")
         if only_routers_until > freeze_from:

@@ -73,7 +73,9 @@ class ExpertCollapseCallback(MoeCallback):
         if state.global_step % self.patience:
             return
         for place, (name, counts_E) in enumerate(self._sum(self._counts).items()):
-            counts = counts_E.tolist()
+            *counts, num_tokens = counts_E.tolist()
+            if not num_tokens:  # a layer for other inputs than those that there were
+                continue
             dead = [expert for expert, count in enumerate(counts) if not count]
             alive = sorted(
                 (expert for expert, count in enumerate(counts) if count), key=lambda expert: -counts[expert]
@@ -111,8 +113,10 @@ class ExpertCollapseCallback(MoeCallback):
 
     def _count(self, call: RouterCall) -> None:
         if call.is_training and not call.is_recomputation:
-            counts_E = self._counts.get(call.name, torch.zeros_like(call.counts_E)).to(call.counts_E.device)
-            self._counts[call.name] = counts_E + call.counts_E
+            counted = torch.cat([call.counts_E, call.num_tokens.reshape(1)])
+            self._counts[call.name] = counted + self._counts.get(call.name, torch.zeros_like(counted)).to(
+                counted.device
+            )
 
     @torch.no_grad()
     def _reseed(self, router: str, expert: int, donor: int, seed: int, optimizer: Any) -> None:

@@ -32,7 +32,7 @@ class RoutingHistory:
         Raises:
             ValueError: if there is none.
         """
-        path = Path(folder, FILE_NAME)
+        path = Path(folder) if Path(folder).name == FILE_NAME else Path(folder, FILE_NAME)
         if not path.is_file():
             raise ValueError(f"{folder} has no {FILE_NAME}, which RouterStatisticsCallback(folder=...) writes.")
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -47,7 +47,9 @@ class RoutingHistory:
             ValueError: if a training begins at step 0 and the file is that of another.
         """
         path = Path(folder, FILE_NAME)
-        if path.is_file() and not step:
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"{folder} is a file. Give a folder for the history of the routing.")
+        if path.is_file() and path.stat().st_size and not step:
             raise ValueError(f"{path} is there already, from another training. Delete it, or choose another folder.")
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LoadBalancer`: adds the gradient of a balance loss at the routers, whatever the trainer makes of the model's own loss."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -107,11 +108,22 @@ class LoadBalancer:
                 choices = ", ".join(repr(value) for value in allowed)
                 raise ValueError(f"{name} is {getattr(self, name)!r}. Choose from {choices}.")
         self.base_coef = DEFAULT_COEF[self.kind] if self.coef is None else self.coef
-        if not self.base_coef >= 0:
-            raise ValueError(f"coef is {self.coef!r}. Choose 0 or more.")
+        for name in ("coef", "warmup_steps", "decay_steps", "num_devices", "noise_std"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} is {value!r}. Give a number.")
+        for name, is_right, choice in (
+            ("coef", 0 <= self.base_coef < math.inf, "0 or more"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("decay_steps", self.decay_steps is None or self.decay_steps > 0, "a number above 0, or None"),
+            ("num_devices", self.num_devices is None or self.num_devices > 0, "a number above 0"),
+            ("noise_std", self.noise_std is None or self.noise_std > 0, "a number above 0, or None"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(self, name)!r}. Choose {choice}.")
         if (self.kind == "device") != (self.num_devices is not None):
             raise ValueError(
-                f"num_devices is {self.num_devices!r} with kind={self.kind!r}. 'device', and it alone, needs a number."
+                f"num_devices is {self.num_devices!r} with kind={self.kind!r}. 'device', and it alone, needs it: into how many groups the "
+                "experts are divided, such as num_devices=4."
             )
         if self.adaptive and self.kind in ("z", "entropy", "sparsity"):
             raise ValueError(f"adaptive is for losses that balance the load, and kind is {self.kind!r}.")
@@ -146,6 +158,7 @@ class LoadBalancer:
         Raises:
             ValueError: if the model has no routers.
         """
+        self.detach()
         self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
         self._sum_counts, self._sum_values = RankSum(self._hooks), RankSum(self._hooks)
         if loss_scale is None:
@@ -159,10 +172,10 @@ class LoadBalancer:
         if self.base_coef and not is_trained:
             logger.warning(
                 f"The routers of {type(self._hooks.model).__name__} are frozen, so that no balance loss {self.kind!r} is added. Train them, "
-                "for instance with `train_router=True` in an ExpertLoraConfig, or leave the loss out."
+                "for instance with `train_router=True` in an ExpertLoraConfig or the routers in `modules_to_save`, or leave the loss out."
             )
         if self.base_coef:
-            _warn_of_own_loss(self._hooks.model, own_loss)
+            _warn_of_own_loss(self._hooks.model, own_loss, is_trained)
         self._hooks.add(self._add_gradient, sees_recomputation=True)
         return self
 
@@ -303,6 +316,11 @@ class LoadBalancer:
                     "The model was called with `position_ids` and no mask, as with packed or padding-free batches, in which sequences "
                     "cannot be told apart here. Use kind='switch' or 'global_batch', or turn packing off."
                 )
+            if not call.sees_all_tokens:
+                raise ValueError(
+                    f"{call.name} sees a part of the tokens, so that sequences cannot be told apart there. Use kind='switch' or "
+                    "'global_batch'."
+                )
             return losses.sequence_loss(scores_TE, call.top_k_index_TK, call.batch_size, mask_T)
         if self.kind == "device":
             if self.num_devices is None or num_experts % self.num_devices:
@@ -363,7 +381,7 @@ class LoadBalancer:
         return top_k
 
 
-def _warn_of_own_loss(model: nn.Module, is_on: bool | None) -> None:
+def _warn_of_own_loss(model: nn.Module, is_on: bool | None, is_trained: bool) -> None:
     """The model's own balance loss would come on top."""
     configs = [module.config.get_text_config() for module in model.modules() if isinstance(module, PreTrainedModel)]
     owners = [owner for config in configs[:1] for owner in (config, getattr(config, "ffn_config", None))]
@@ -372,7 +390,8 @@ def _warn_of_own_loss(model: nn.Module, is_on: bool | None) -> None:
         is_on = any(getattr(owner, "output_router_logits", False) for owner in owners)
     if is_on and coefs:
         given = ", ".join(f"{name}={value}" for name, value in coefs.items())
+        what = "comes on top of hf_moe's" if is_trained else "bends what is trained to please routers that are frozen"
         logger.warning(
-            f"The model's own balance loss is on as well ({given}) and comes on top of hf_moe's. Switch one of them off: "
+            f"The model's own balance loss is on as well ({given}) and {what}. Switch it off: "
             "`model.config.output_router_logits = False`, or `router_aux_loss_coef=0.0` in TRL's configuration."
         )

@@ -17,17 +17,20 @@ class RankSum:
     Args:
         hooks (`RouterHooks`): The hooks on the model, whose routers give the order.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the tensors.
+        in_training (`bool`, *optional*, defaults to `True`): Whether to leave out the routers that PEFT has put others in the place
+            of, which never run in training.
     """
 
-    def __init__(self, hooks: RouterHooks, dtype: torch.dtype = torch.float32):
-        self._names, self._dtype = list(hooks.routers), dtype
+    def __init__(self, hooks: RouterHooks, dtype: torch.dtype = torch.float32, in_training: bool = True):
+        self._names = [name for name in hooks.routers if not in_training or "original_module" not in name.split(".")]
+        self._dtype = dtype
         self._device = next(hooks.model.parameters()).device
         self._lengths = [0] * len(self._names)
 
     def __call__(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The sums over all processes, by router, of those that have run anywhere."""
         if not distributed.is_initialized():
-            return dict(sums)
+            return {name: total.to(self._device) for name, total in sums.items()}
         mine = [len(sums[name]) if name in sums else 0 for name in self._names]
         if not all(self._lengths):
             lengths = torch.tensor(mine, device=self._device)

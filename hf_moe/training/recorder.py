@@ -80,7 +80,7 @@ class RoutingRecorder:
             ValueError: if no router has run yet.
         """
         if reduce_over_ranks:
-            self._counts = RankSum(self._hooks, torch.int64)(self._counts)
+            self._counts = RankSum(self._hooks, torch.int64, in_training=False)(self._counts)
         self._check_has_run()
         layers = {}
         for name, counts_and_tokens in self._counts.items():

@@ -2,6 +2,7 @@
 """`RouterHooks`: one set of hooks on the routers of a model, for all that listens to them: counts, losses, replay."""
 
 import inspect
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class ModelCall:
     Args:
         mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for tokens, 0 for padding.
         batch_size (`int`, *optional*): Number of sequences, if it is known.
+        length (`int`, *optional*): Their length in this pass, without what is in a cache.
         has_gradient (`bool`): Whether the model was called with gradients enabled. Its layers are not in the first pass of
             reentrant gradient checkpointing.
         is_packed (`bool`): Whether it was called with `position_ids` and no mask, as where a row holds several texts.
@@ -36,6 +38,7 @@ class ModelCall:
 
     mask: torch.Tensor | None
     batch_size: int | None
+    length: int | None
     has_gradient: bool
     is_packed: bool = False
 
@@ -80,7 +83,7 @@ class RouterCall:
         if mask is None:
             return None
         length, rest = divmod(len(self.logits_TE), mask.shape[0])
-        if rest or length > mask.shape[1]:
+        if rest or length > mask.shape[1] or not self.sees_all_tokens:
             logger.warning_once(
                 f"{self.name} sees {len(self.logits_TE)} tokens, and the attention mask is {tuple(mask.shape)}: padding cannot be told "
                 "from text there, and is counted."
@@ -101,6 +104,13 @@ class RouterCall:
         if self.mask_T is None:
             return torch.full((), float(len(self.logits_TE)), device=self.logits_TE.device)
         return self.mask_T.sum(dtype=torch.float32)
+
+    @property
+    def sees_all_tokens(self) -> bool:
+        """Whether the router sees what the model was called with, and not the text or the images of it alone."""
+        if self.model_call is None or self.model_call.batch_size is None or self.model_call.length is None:
+            return True
+        return len(self.logits_TE) == self.model_call.batch_size * self.model_call.length
 
     @property
     def batch_size(self) -> int | None:
@@ -147,18 +157,21 @@ class ModelCalls:
         return handles
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        around = self._running[-1] if self._running else ModelCall(None, None, torch.is_grad_enabled())
+        around = self._running[-1] if self._running else ModelCall(None, None, None, torch.is_grad_enabled())
         arguments = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
         arguments = arguments | kwargs
         # An inner model may be called with a prepared mask or none; then the mask of the model around it counts.
         mask = _padding_mask(arguments.get("attention_mask"))
         inputs = [arguments.get("input_ids"), arguments.get("inputs_embeds")]
-        sizes = [tensor.shape[0] for tensor in inputs if tensor is not None]
+        batch_size, length = next(
+            (tensor.shape[:2] for tensor in inputs if tensor is not None), (around.batch_size, around.length)
+        )
         is_packed = arguments.get("position_ids") is not None and arguments.get("attention_mask") is None
         self._running.append(
             ModelCall(
                 around.mask if mask is None else mask,
-                sizes[0] if sizes else around.batch_size,
+                batch_size,
+                length,
                 around.has_gradient and torch.is_grad_enabled(),
                 is_packed if len(self._running) == 0 else around.is_packed,
             )
@@ -209,6 +222,7 @@ class RouterHooks:
             self._seen = defaultdict(list)
         if self._handles:
             return
+        _forget_compiled()
         self._handles = self._calls.attach()
         for name, router in self.routers.items():
             self._handles.append(
@@ -223,6 +237,8 @@ class RouterHooks:
 
     def close(self) -> None:
         """Remove all listeners and hooks."""
+        if self._handles:
+            _forget_compiled()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -241,13 +257,16 @@ class RouterHooks:
         Raises:
             ValueError: if it is none of them.
         """
-        if call.name not in self._scores:
-            has_bias = find_selection_bias(self.model, call.name) is not None
-            try:
-                self._scores[call.name] = call.router.find_score(call.output, "sigmoid" if has_bias else "softmax")
-            except ValueError as error:
-                raise ValueError(f"{call.name}: {error}") from error
-        return self._scores[call.name]
+        if call.name in self._scores:
+            return self._scores[call.name]
+        hint = "softmax" if find_selection_bias(self.model, call.name) is None else "sigmoid"
+        try:
+            score, is_certain = call.router.find_score(call.output, hint)
+        except ValueError as error:
+            raise ValueError(f"{call.name}: {error}") from error
+        if is_certain:
+            self._scores[call.name] = score
+        return score
 
     def _router_hook(self, name: str, router: Router):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -266,6 +285,12 @@ class RouterHooks:
             return None if call.output is output else call.output
 
         return hook
+
+
+def _forget_compiled() -> None:
+    """What `torch.compile` has made of a model does not look whether hooks have come or gone since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _padding_mask(mask: Any) -> torch.Tensor | None:

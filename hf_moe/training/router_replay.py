@@ -91,6 +91,15 @@ class RouterReplay:
         """
         if unknown := [name for name in choices if name not in self.routers]:
             raise ValueError(f"There is no router {unknown[0]!r}. The model has {', '.join(self.routers)}.")
+        if not choices:
+            raise ValueError(
+                "No choices are given to be replayed. In `record` there has to be a forward pass of the model."
+            )
+        for name, index in choices.items():
+            if index.is_floating_point() or index.dim() < 2:
+                raise ValueError(
+                    f"The choices given for {name} are {tuple(index.shape)} of {index.dtype}. Give numbers of experts as integers, (tokens, K)."
+                )
         given = {name: index.flatten(0, -2) for name, index in choices.items()}
 
         def before(name: str, router: Router, args: tuple, kwargs: dict) -> "_Selections":
@@ -98,7 +107,11 @@ class RouterReplay:
                 return _Selections()
             if name not in self._num_selections:
                 with torch.no_grad(), _Selections() as live:
-                    router.module.forward(*args, **kwargs)
+                    num_experts = router.logits(router.module.forward(*args, **kwargs)).shape[-1]
+                if given[name].max() > num_experts:
+                    raise ValueError(
+                        f"The choices given for {name} go up to {int(given[name].max())}, and it has {num_experts} experts."
+                    )
                 self._num_selections[name] = len(live.found)
             return _Selections(given[name], self._num_selections[name], name)
 
@@ -175,7 +188,8 @@ class RouterReplay:
         for name, router in self.routers.items():
             enter, leave = hooks_of(name, router)
             handles.append(router.module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(router.module.register_forward_hook(leave, always_call=True))
+            # Before the hooks of others, who may select something too.
+            handles.append(router.module.register_forward_hook(leave, prepend=True, always_call=True))
         try:
             yield
         finally:
@@ -202,7 +216,7 @@ class RouterReplayCallback(MoeCallback):
             self._context.__exit__(None, None, None)
             self._context = None
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def after_step(self, args, state, control, **kwargs):
         self._replay.forget()
 
 

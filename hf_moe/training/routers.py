@@ -101,7 +101,7 @@ class Router(NamedTuple):
         return None
 
     @torch.no_grad()
-    def find_score(self, output: Any, hint: str = "softmax") -> str:
+    def find_score(self, output: Any, hint: str = "softmax") -> tuple[str, bool]:
         """
         Which of `SCORES` the routing weights were made with, found out by comparing them with each.
 
@@ -109,9 +109,14 @@ class Router(NamedTuple):
             output (`Any`): What the router returned.
             hint (`str`, *optional*, defaults to `"softmax"`): What it is if all fit alike, as with logits of zero.
 
+        Returns:
+            `tuple[str, bool]`: The score, and False if other logits of this router can tell more.
+
         Raises:
             ValueError: if it is none of them.
         """
+        if isinstance(self.module, MoeRouter):
+            return self.module.score, True
         weights_TK = self.top_k_weights(output)
         if weights_TK is None:
             raise ValueError(
@@ -122,9 +127,10 @@ class Router(NamedTuple):
         if not logits_TE.isfinite().all():
             raise ValueError(f"The logits of {type(self.module).__name__} are NaN or infinite.")
         if torch.allclose(logits_TE.float().sum(-1), torch.ones(()).to(logits_TE.device)) and (logits_TE >= 0).all():
-            return "identity"  # probabilities already, as Gemma 4's
+            return "identity", True  # probabilities already, as Gemma 4's
+        is_certain = bool((logits_TE.float().std(-1) > 1e-3).any())  # a router of zeros gives the same to all
         if index_TK.shape[-1] == 1 and torch.allclose(weights_TK, weights_TK[:1]):
-            return hint  # a single weight, normalised, is 1 whatever it was made of
+            return hint, is_certain  # a single weight, normalised, is 1 whatever it was made of
         # Weights may be normalised and scaled: their proportions count, of a token's K, or of all tokens if K is 1.
         dim = -1 if index_TK.shape[-1] > 1 else 0
         is_expert_TK = index_TK < logits_TE.shape[-1] - self._has_skip
@@ -148,7 +154,7 @@ class Router(NamedTuple):
                 f"The routing weights of {type(self.module).__name__} are in proportion to none of {', '.join(SCORES)} of its "
                 "logits. Say with `score` what a balance loss should make of the logits."
             )
-        return hint if errors[hint] <= 2 * errors[best] + 1e-6 else best
+        return hint if errors[hint] <= 2 * errors[best] + 1e-6 else best, is_certain
 
 
 def find_routers(model: nn.Module) -> dict[str, Router]:

@@ -80,9 +80,8 @@ class RoutingStatistics:
         layers = dict(first.layers)
         for other in others:
             for name, layer in other.layers.items():
-                layers[name] = LayerRouting(
-                    layers[name].counts + layer.counts, layers[name].num_tokens + layer.num_tokens
-                )
+                before = layers.get(name, LayerRouting(torch.zeros_like(layer.counts), 0))
+                layers[name] = LayerRouting(before.counts + layer.counts, before.num_tokens + layer.num_tokens)
         return cls(layers)
 
     def summary(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 """`RouterStatisticsCallback`: how evenly experts are used in training, in the logs of the Trainer and as a history."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -41,7 +42,7 @@ class RouterStatisticsCallback(MoeCallback):
 
     Args:
         per_layer (`bool`, *optional*, defaults to `False`): Whether to log every layer too, as `moe/layer_3/entropy`.
-        folder (`str`, *optional*): Where to write the counts of every log, as `routing_history.jsonl`, and, at the end, pictures of
+        folder (`str` or `Path`, *optional*): Where to write the counts of every log, as `routing_history.jsonl`, and, at the end, pictures of
             them if matplotlib is installed.
 
     Example:
@@ -53,10 +54,10 @@ class RouterStatisticsCallback(MoeCallback):
     ```
     """
 
-    def __init__(self, per_layer: bool = False, folder: str | None = None):
-        self.per_layer, self.folder = per_layer, folder
+    def __init__(self, per_layer: bool = False, folder: str | Path | None = None):
+        self.per_layer, self.folder = per_layer, None if folder is None else str(folder)
         self._hooks: RouterHooks | None = None
-        super().__init__(per_layer=per_layer, folder=folder)
+        super().__init__(per_layer=per_layer, folder=self.folder)
 
     def reset(self) -> None:
         # Per router: slots of each expert, number of tokens, passes with logits that are not finite; sums of losses, their number.
@@ -67,7 +68,7 @@ class RouterStatisticsCallback(MoeCallback):
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         self._hooks = attachment.hooks(model)
         self._sum_counts, self._sum_losses = RankSum(self._hooks, torch.int64), RankSum(self._hooks)
-        self._scores: dict[str, str | None] = {}
+        self._unknown: set[str] = set()
         self._sees_losses, self._step = True, attachment.trainer.state.global_step
         if self.folder is not None and attachment.trainer.is_world_process_zero():
             RoutingHistory.begin(self.folder, self._step)
@@ -110,9 +111,9 @@ class RouterStatisticsCallback(MoeCallback):
         self._add_pending()
         counts, sums = self._sum_counts(self._counts), self._sum_losses(self._losses)
         self._counts, self._losses = {}, {}
-        if not counts:
+        values = {name: of for name, tensor in counts.items() if any(of := tensor.tolist())}
+        if not values:
             return {}
-        values = {name: tensor.tolist() for name, tensor in counts.items()}
         if broken := [name for name, of_layer in values.items() if of_layer[-1]]:
             logger.warning(
                 f"Before step {self._step} the logits of {broken[0]}{f' and {len(broken) - 1} other routers' if broken[1:] else ''} were NaN "
@@ -124,7 +125,7 @@ class RouterStatisticsCallback(MoeCallback):
             RoutingHistory.append(self.folder, self._step, statistics)
         rows = {name: _row(layer, sums.get(name)) for name, layer in layers.items()}
         found = {key for row in rows.values() for key in row}
-        metrics = {key: sum(row[key] for row in rows.values() if key in row) / len(rows) for key in sorted(found)}
+        metrics = {key: fmean(row[key] for row in rows.values() if key in row) for key in sorted(found)}
         if self.per_layer:
             numbers = [layer_number(name) for name in rows]
             places = numbers if len(set(numbers)) == len(numbers) else list(rows)
@@ -153,9 +154,7 @@ class RouterStatisticsCallback(MoeCallback):
             self._add_pending()
         if not self._sees_losses:
             return
-        if name not in self._scores:
-            self._scores[name] = self._find_score(call)
-        score, one = self._scores[name], torch.ones((), device=logits_TE.device)
+        score, one = self._find_score(call), torch.ones((), device=logits_TE.device)
         with torch.autocast(logits_TE.device.type, enabled=False):
             balance = (
                 losses.switch_loss(losses.scores_of(logits_TE, score), call.counts_E, call.mask_T)
@@ -169,10 +168,13 @@ class RouterStatisticsCallback(MoeCallback):
         self._losses[name] = self._losses.get(name, torch.zeros_like(sums)).to(sums.device) + sums
 
     def _find_score(self, call: RouterCall) -> str | None:
+        if call.name in self._unknown:
+            return None
         try:
             return cast(RouterHooks, self._hooks).find_score(call)
         except ValueError as error:
             logger.warning(f"RouterStatisticsCallback leaves out `moe/aux_loss`: {error}")
+            self._unknown.add(call.name)
             return None
 
 

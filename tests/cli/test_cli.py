@@ -164,7 +164,7 @@ def test_inspect_draws(run_command, tmp_path):
     run = run_command("inspect", "owner/model", *texts, "--card")
     assert "--card writes into the folder of a model, and owner/model is none." in run.stderr
     run = run_command("inspect", tmp_path / "moe", *texts[:2], "--plot-domains", tmp_path / "b.png")
-    assert "--plot-domains compares texts. Give --text at least twice." in run.stderr
+    assert "--plot-domains compares texts. Give --text at least twice, with different files." in run.stderr
 
 
 def test_inspect_refuses_what_it_cannot_show(run_command, dense, tmp_path):
@@ -179,6 +179,16 @@ def test_inspect_refuses_what_it_cannot_show(run_command, dense, tmp_path):
     assert "--text: there is no file" in run.stderr
     run = run_command("inspect", tmp_path / "nowhere", "--text", tmp_path / "text.txt")
     assert "There is no folder" in run.stderr
+    run = run_command("inspect", dense, "--text", tmp_path / "text.txt", "--plot", tmp_path / "load.txt")
+    assert "is no name of a picture. End it with .png, .pdf or .svg." in run.stderr
+    run = run_command("inspect", dense, "--text", tmp_path / "text.txt", "--html", tmp_path)
+    assert "is a folder. Give a file to write." in run.stderr
+    texts = ["--text", tmp_path / "text.txt", "--text", tmp_path / "text.txt"]
+    run = run_command("inspect", dense, *texts, "--max-tokens", 1)
+    assert "--max-tokens is 1, which is less than a token for each of 2 texts." in run.stderr
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
+    run = run_command("inspect", dense, "--text", tmp_path / "text.txt")
+    assert "text.txt is no text in UTF-8" in run.stderr
 
 
 def test_interrupt_says_how_to_go_on(dense, tmp_path):

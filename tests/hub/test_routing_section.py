@@ -50,6 +50,15 @@ def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     assert (tmp_path / "README.md").read_text() == text
 
 
+def test_what_cannot_be_drawn_leaves_everything_as_it_was(tmp_path):
+    (tmp_path / "README.md").write_text(CARD)
+    add_routing_section(tmp_path, {"code": CODE, "law": LAW})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    with pytest.raises(ValueError, match="The history is empty"):
+        add_routing_section(tmp_path, {"law": LAW}, RoutingHistory([], []))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
 @pytest.mark.parametrize(
     ("card", "message"),
     [

@@ -4,9 +4,10 @@
 import pytest
 import torch
 import transformers
+from router_gradients import rows
 from small_models import small_moe
 
-from hf_moe import BiasBalancer, LoadBalancer, RoutingRecorder
+from hf_moe import BiasBalancer, LoadBalancer, RoutingRecorder, load_router_bias
 from hf_moe.training.bias_balancing import selection_biases
 from hf_moe.training.routers import find_routers
 
@@ -151,3 +152,29 @@ def test_models_without_a_bias_are_refused():
         BiasBalancer().attach(small_moe("mixtral"))
     with pytest.raises(ValueError, match="update_rate is -1"):
         BiasBalancer(-1)
+
+
+def test_a_saved_bias_is_given_to_routers_that_have_none(tmp_path):
+    model = small_moe("moe_llama", use_expert_bias=True)
+    balancer = BiasBalancer(0.5).attach(model.train().requires_grad_(True))
+    model(torch.stack([row["input_ids"] for row in rows()]))
+    balancer.step()
+    balancer.save(tmp_path)
+    other = small_moe("moe_llama")
+    load_router_bias(other, tmp_path)
+    for name, bias in selection_biases(model).items():
+        assert bias.any()
+        assert torch.equal(selection_biases(other)[name], bias)
+    other.save_pretrained(tmp_path / "saved")
+    assert selection_biases(type(other).from_pretrained(tmp_path / "saved")).keys() == selection_biases(model).keys()
+    smaller = small_moe("moe_llama", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="are not those of this MoeLlamaForCausalLM"):
+        load_router_bias(smaller, tmp_path)
+    assert smaller.model.layers[0].mlp.gate.e_score_correction_bias is None
+
+
+def test_the_biases_of_another_model_are_refused():
+    balancer = BiasBalancer()
+    balancer.load_state_dict({"model.layers.9.mlp.gate": [0.0] * 4})
+    with pytest.raises(ValueError, match=r"those of another model: it has no router 'model.layers.9.mlp.gate'"):
+        balancer.attach(small_moe("deepseek_v3"))

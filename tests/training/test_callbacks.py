@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The callbacks under Trainer and TRL's trainers: what they log, steer, save and go on with, and what they refuse."""
 
-import gc
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from router_gradients import KINDS, rows, trainable
 from safetensors.torch import load_file
 from small_models import small_moe
+from test_load_balancing import by_hand
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
@@ -33,9 +33,11 @@ from hf_moe import (
     RouterReplayCallback,
     RouterStatisticsCallback,
     RoutingHistory,
+    RoutingStatistics,
     add_moe_callbacks,
     load_router_bias,
 )
+from hf_moe.plots import plot_history
 from hf_moe.training.router_hooks import RouterHooks
 from hf_moe.training.routers import find_routers
 
@@ -125,6 +127,53 @@ def test_statistics_are_exact(kind, use_reentrant, tmp_path):
         [float((by_hand.max(1).values / by_hand.mean(1)).mean())]
     )
     assert {path.name for path in (tmp_path / "routing").iterdir()} >= {"load.png", "load_over_steps.png"}
+
+
+def test_losses_in_the_log_are_those_computed_by_hand(tmp_path):
+    """With padding and accumulation, the mean over micro-batches of the logged step and over layers."""
+    model, data, outputs = trainable("mixtral"), rows(8), []
+    for router in find_routers(model).values():
+        router.module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        RouterStatisticsCallback(),
+        data=data,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        logging_steps=2,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    found: dict[str, list[float]] = {"switch": [], "z": []}
+    for place, (logits, weights, index) in list(enumerate(outputs))[6:]:  # of three layers two micro-batches
+        first = 2 * (place // 3)
+        mask = torch.stack([row["attention_mask"] for row in data[first : first + 2]])
+        for kind, values in found.items():
+            values.append(float(by_hand(kind, logits.detach(), index, weights, mask, sigmoid=False)))
+    assert len(outputs) == 12
+    assert logged(trainer, "moe/aux_loss") == pytest.approx([sum(found["switch"]) / 6], rel=1e-5)
+    assert logged(trainer, "moe/z_loss") == pytest.approx([sum(found["z"]) / 6], rel=1e-5)
+
+
+def test_layers_without_tokens_are_left_out(tmp_path):
+    """As the experts for images where there were none: other processes, or other steps, had some."""
+    callback = RouterStatisticsCallback(folder=tmp_path)
+    model = trainable("mixtral")
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), is_world_process_zero=lambda: True)
+    callback.begin(model, SimpleNamespace(hooks=lambda model: RouterHooks(model), trainer=trainer))
+    first, second, _ = find_routers(model)
+    for second_counts in ([4, 0, 0, 0, 2, 0], [0] * 6):
+        callback._counts = {first: torch.tensor([1, 1, 1, 1, 2, 0]), second: torch.tensor(second_counts)}
+        callback._losses = {first: torch.tensor([1.5, 3.0, 1.0, 1.0]), second: torch.tensor([0.0, 0.0, 0.0, 0.0])}
+        metrics = callback.metrics()
+        assert metrics["moe/max_violation"] == (1.5 if any(second_counts) else 0)
+        assert (metrics["moe/aux_loss"], metrics["moe/z_loss"]) == (1.5, 3.0)
+    callback.end()
+    history = RoutingHistory.load(tmp_path)
+    assert [len(one.layers) for one in history.statistics] == [2, 1]
+    assert RoutingStatistics.sum(history.statistics[::-1])[second].num_tokens == 2
+    plot_history(history)  # which has a gap there
 
 
 KEYS = ("load_max_mean", "load_cv", "max_violation", "entropy", "dead_frac", "aux_loss", "z_loss")
@@ -354,10 +403,10 @@ def test_what_begins_anew_says_so(tmp_path, caplog):
 
 
 def test_the_options_given_on_resuming_count(tmp_path, caplog):
-    """And not those of the checkpoint, of which a Trainer makes its callbacks anew."""
+    """And not those of the checkpoint, of which a Trainer makes callbacks anew."""
 
     def make(folder: str, *callbacks, **arguments: Any) -> Trainer:
-        statistics = RouterStatisticsCallback(folder=str(tmp_path / folder))
+        statistics = RouterStatisticsCallback(folder=tmp_path / folder)
         return make_trainer(
             trainable("deepseek_v3"),
             tmp_path,
@@ -386,7 +435,7 @@ def test_the_options_given_on_resuming_count(tmp_path, caplog):
         "LoadBalancingCallback goes on with other options than the checkpoint was saved with: {'coef': 0.5}"
         in caplog.text
     )
-    assert "saved with the balance loss 'z', so that 'entropy' begins anew" in caplog.text
+    assert "The checkpoint has 0 LoadBalancingCallback of kind 'entropy', and now there are 1" in caplog.text
     assert (tmp_path / "first" / "routing_history.jsonl").read_text() == lines
     assert len((tmp_path / "second" / "routing_history.jsonl").read_text().splitlines()) == 1
     # Once more with what the callbacks of the first training were.
@@ -403,6 +452,52 @@ def test_the_options_given_on_resuming_count(tmp_path, caplog):
     assert "other options" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("saved", "given", "num_steps"),
+    [
+        (["switch"], ["switch", "z"], [4, 2]),
+        (["switch"], ["z", "switch"], [2, 4]),
+        (["switch", "z", "entropy"], ["switch", "entropy"], [4, 4]),
+        (["switch", "z"], ["z", "switch"], [4, 4]),
+        (["switch", "z"], ["switch"], [4]),
+    ],
+)
+def test_a_callback_goes_on_with_the_state_of_its_kind(saved, given, num_steps, tmp_path, caplog):
+    def make(kinds: list[str], **arguments: Any) -> Trainer:
+        callbacks = [LoadBalancingCallback(kind) for kind in kinds]
+        return make_trainer(trainable("mixtral"), tmp_path, *callbacks, **arguments)
+
+    make(saved, save_strategy="steps", save_steps=2).train()
+    trainer = make(given[:-1], restore_callback_states_from_checkpoint=True)
+    trainer.add_callback(LoadBalancingCallback(given[-1]))  # after add_moe_callbacks
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    balancers = [of.balancer for of in trainer.callback_handler.callbacks if isinstance(of, LoadBalancingCallback)]
+    assert [(balancer.kind, balancer.num_steps) for balancer in balancers] == list(zip(given, num_steps, strict=True))
+    assert ("The checkpoint has 0 LoadBalancingCallback" in caplog.text) == (2 in num_steps)
+
+
+def test_what_a_trainer_has_already_is_refused(tmp_path):
+    trainer = make_trainer(trainable("mixtral"), tmp_path, LoadBalancingCallback("switch"), RouterStatisticsCallback())
+    with pytest.raises(ValueError, match="has a LoadBalancingCallback of kind 'switch' already, and with two of them"):
+        add_moe_callbacks(trainer, LoadBalancingCallback("switch", 0.1))
+    with pytest.raises(ValueError, match="has a RouterStatisticsCallback already"):
+        add_moe_callbacks(trainer, RouterStatisticsCallback())
+    add_moe_callbacks(trainer, LoadBalancingCallback("z"))
+    with pytest.raises(ValueError, match="The first argument is the trainer, and MixtralForCausalLM is none"):
+        add_moe_callbacks(trainer.model, LoadBalancingCallback())
+
+
+def test_experts_that_a_trainer_does_not_load_again_are_said(tmp_path, caplog):
+    make_trainer(
+        trainable("mixtral"), tmp_path, RouterStatisticsCallback(), save_strategy="steps", save_steps=2
+    ).train()
+    with caplog.at_level("WARNING"):
+        trainer = make_trainer(trainable("mixtral"), tmp_path, RouterStatisticsCallback())
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "THE TRAINED EXPERTS AND ROUTERS ARE NOT LOADED" in caplog.text
+
+
 def test_the_bias_of_an_adapter(tmp_path):
     model = get_peft_model(small_moe("deepseek_v3"), LoraConfig(r=2, target_modules=["kv_b_proj"]))
     trainer = make_trainer(model, tmp_path, BiasBalancingCallback(0.01), save_strategy="steps", save_steps=4)
@@ -413,11 +508,13 @@ def test_the_bias_of_an_adapter(tmp_path):
         for name, router in find_routers(fresh).items():
             trained = model.get_submodule(f"base_model.model.{name}").e_score_correction_bias
             assert torch.equal(router.module.e_score_correction_bias, trained)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_file(tmp_path / "saved" / "router_bias.safetensors").keys() == find_routers(fresh).keys()
     loaded = PeftModel.from_pretrained(small_moe("deepseek_v3"), tmp_path / "checkpoint-4")
     load_router_bias(loaded, tmp_path)
     with pytest.raises(ValueError, match="The routers of .* are not those of this DeepseekV3ForCausalLM"):
         load_router_bias(small_moe("deepseek_v3", num_hidden_layers=2), tmp_path)
-    with pytest.raises(ValueError, match=r"has no router_bias.safetensors"):
+    with pytest.raises(ValueError, match=r"There is no .*router_bias.safetensors. A BiasBalancingCallback writes"):
         load_router_bias(small_moe("deepseek_v3"), tmp_path / "gone")
 
 
@@ -441,6 +538,7 @@ class Watch(transformers.TrainerCallback):
     [
         ({}, ["others"] * 6),
         ({"freeze_from": 2, "freeze_until": 4}, ["all", "all", "others", "others", "all", "all"]),
+        ({"only_routers_until": 2}, ["routers"] * 2 + ["all"] * 4),
         ({"only_routers_until": 2, "freeze_from": 4}, ["routers", "routers", "all", "all", "others", "others"]),
     ],
 )
@@ -458,7 +556,7 @@ def test_schedules_of_freezing(options, expected, tmp_path):
     ("make", "message"),
     [
         (lambda: RouterFreezeCallback(freeze_from=3, freeze_until=3), "freeze_until is 3 and freeze_from 3"),
-        (lambda: RouterFreezeCallback(only_routers_until=2), "only_routers_until is 2, but the routers are frozen"),
+        (lambda: RouterFreezeCallback(1, only_routers_until=2), "only_routers_until is 2, but the routers are frozen"),
         (lambda: LoadBalancingCallback("gshard"), "kind is 'gshard'"),
         (lambda: BiasBalancingCallback(0), "update_rate is 0"),
     ],
@@ -515,18 +613,18 @@ class Stop(transformers.TrainerCallback):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_what_an_interrupted_training_left_is_taken_away(is_kept, tmp_path):
+def test_an_interrupted_training_leaves_nothing(tmp_path):
     model = trainable("mixtral")
-    trainer = make_trainer(model, tmp_path, LoadBalancingCallback("switch"), RouterStatisticsCallback())
+    callbacks = [LoadBalancingCallback("switch"), RouterStatisticsCallback(), RouterReplayCallback()]
+    trainer = make_trainer(model, tmp_path, *callbacks, RouterFreezeCallback(only_routers_until=5))
     trainer.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    if not is_kept:
-        del trainer
-        gc.collect()
-    make_trainer(model, tmp_path, LoadBalancingCallback("switch"), max_steps=1).train()
-    assert not any(router.module._forward_hooks for router in find_routers(model).values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    trainer.callback_handler.callbacks.pop()
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_a_second_training_begins_anew(tmp_path):

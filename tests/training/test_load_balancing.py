@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
-from conftest import TINY, assert_close, moe_config, moe_model
+from conftest import TINY, assert_close, moe_config
 from guide_tables import TABLES, place
 from peft import LoraConfig, get_peft_model
 from router_gradients import KINDS, MODELS, SETTINGS, injected_gradients, native_gradient, rows, trainable
@@ -445,11 +445,11 @@ def test_scores_are_found_out():
         for router in routers.values():
             router.module.register_forward_hook(lambda m, a, output, r=router, f=found: f.append(r.find_score(output)))
         model(torch.ones(1, 9, dtype=torch.long).cumsum(1) + 3)
-        assert set(found) == {score}
-    router = find_routers(moe_model("llama"))["model.layers.0.mlp.gate"]
+        assert set(found) == {(score, True)}
+    router = next(iter(find_routers(small_moe("mixtral")).values()))
     zero = (torch.zeros(3, 4), torch.full((3, 2), 0.5), torch.tensor([[0, 1]] * 3))
-    assert router.find_score(zero) == "softmax"
-    assert router.find_score(zero, "sigmoid") == "sigmoid"
+    assert router.find_score(zero) == ("softmax", False)
+    assert router.find_score(zero, "sigmoid") == ("sigmoid", False)
     odd = (torch.randn(3, 4), torch.tensor([[0.999, 0.001]] * 3), torch.tensor([[0, 1], [3, 1], [1, 2]]))
     with pytest.raises(ValueError, match="are in proportion to none of softmax"):
         router.find_score(odd)
@@ -557,3 +557,75 @@ def test_a_router_that_did_not_run_in_the_step_before_has_its_own_counts_alone()
         balancer.detach()
     assert gradients[0].norm() > 0.1
     assert_close(gradients[1], gradients[0], 1e-6)
+
+
+def test_attached_twice_and_detached_once():
+    model, balancer = trainable("mixtral"), LoadBalancer("switch", 1.0)
+    gradients = []
+    for _ in range(2):
+        balancer.attach(model)
+        model.zero_grad()
+        (model(torch.stack([row["input_ids"] for row in rows()])).logits.sum() * 0).backward()
+        gradients.append(model.model.layers[0].mlp.gate.weight.grad.clone())
+    assert torch.equal(*gradients)
+    balancer.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coef": "0.1"}, "coef is '0.1'. Give a number"),
+        ({"coef": float("inf")}, "coef is inf. Choose 0 or more"),
+        ({"warmup_steps": -3}, "warmup_steps is -3. Choose 0 or more"),
+        ({"decay_steps": 0}, "decay_steps is 0. Choose a number above 0, or None"),
+        ({"kind": "device", "num_devices": 0}, "num_devices is 0. Choose a number above 0"),
+        ({"kind": "device"}, "num_devices is None with kind='device'. 'device', and it alone, needs it"),
+        ({"noise_std": 0.0}, "noise_std is 0.0. Choose a number above 0, or None"),
+    ],
+)
+def test_values_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoadBalancer(**options)
+
+
+def test_a_model_that_was_compiled_before():
+    """A compiled model does not look for hooks that are added later, so that it is compiled again."""
+    batch, gradients = {key: torch.stack([row[key] for row in rows()]) for key in ("input_ids",)}, []
+    for is_compiled in (False, True):
+        model = trainable("mixtral")
+        model.set_experts_implementation("batched_mm")
+        run = torch.compile(model, backend="eager") if is_compiled else model
+        (run(**batch).logits.sum() * 0).backward()
+        balancer = LoadBalancer("switch", 1.0).attach(model)
+        (run(**batch).logits.sum() * 0).backward()
+        gradients.append(model.model.layers[0].mlp.gate.weight.grad.clone())
+        balancer.detach()
+        (run(**batch).logits.sum() * 0).backward()
+        assert torch.equal(model.model.layers[0].mlp.gate.weight.grad, gradients[-1])
+    assert gradients[0].norm() > 0.1
+    assert_close(gradients[1], gradients[0], 1e-5)
+
+
+def test_a_score_is_not_kept_that_zeros_tell():
+    """Routers begin with zeros, or choose with a bias, and are softmax all the same."""
+    model = trainable("mixtral")
+    for router in find_routers(model).values():
+        router.module.register_buffer("e_score_correction_bias", torch.zeros(4))
+        router.module.weight.data.zero_()
+    balancer = LoadBalancer("switch", 1.0).attach(model)
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    model(ids)
+    assert balancer._hooks._scores == {}
+    for router in find_routers(model).values():
+        router.module.weight.data.normal_()
+    model(ids)
+    assert set(balancer._hooks._scores.values()) == {"softmax"}
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_hf_moes_routers_say_their_score(top_k):
+    model = small_moe("moe_llama", use_expert_bias=True, num_experts_per_tok=top_k).train()
+    balancer = LoadBalancer("switch", 1.0).attach(model)
+    model(torch.stack([row["input_ids"] for row in rows()]))
+    assert set(balancer._hooks._scores.values()) == {"softmax"}

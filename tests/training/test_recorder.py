@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import TINY, moe_model, randomize
 
-from hf_moe import RoutingRecorder
+from hf_moe import LoadBalancer, RoutingRecorder
 from hf_moe.training.routers import find_routers
 
 
@@ -105,7 +105,7 @@ def test_encoder_and_decoder_have_their_own_padding_and_drop_tokens(decoder_is_p
         if name.endswith("experts"):
             module.register_forward_pre_hook(lambda module, args, name=name: served.update({name: args[1][:, 0]}))
     with RoutingRecorder(model) as recorder, torch.no_grad():
-        input_ids = torch.randint(3, 96, (2, 9))
+        input_ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
         model(input_ids, decoder_input_ids=input_ids[:, :5], **inputs)
     layers = recorder.statistics().layers
     assert {name.split(".")[0] for name in layers} == {"encoder", "decoder"}
@@ -113,7 +113,7 @@ def test_encoder_and_decoder_have_their_own_padding_and_drop_tokens(decoder_is_p
         mask_T = masks[name.split(".")[0]].reshape(-1, 1)
         assert layer.counts.tolist() == (served[name.replace("router", "experts")] * mask_T).sum(0).tolist()
         assert layer.num_tokens == mask_T.sum()
-        assert layer.counts.sum() < layer.num_tokens or "decoder" in name  # some are dropped
+    assert any(layer.counts.sum() < layer.num_tokens for layer in layers.values())  # some are dropped
 
 
 def choices_by_hand(model, batch) -> list[torch.Tensor]:
@@ -305,7 +305,7 @@ DISTRIBUTED = """
 import os, sys, torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
-from hf_moe import RoutingRecorder
+from hf_moe import LoadBalancer, RoutingRecorder
 rank = int(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=rank, world_size=2)
 model = DistributedDataParallel(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
@@ -330,3 +330,18 @@ def test_reduction_over_ranks(tmp_path):
     expected = (tmp_path / "expected.json").read_text()
     for rank in range(2):
         assert (tmp_path / f"statistics{rank}.json").read_text().replace("module.", "") == expected
+
+
+def test_processes_agree_on_lengths_once_beside_routers_that_peft_replaced(batch, monkeypatch):
+    """Those never run in training, and would otherwise be waited for in every step."""
+    model = peft.get_peft_model(
+        native("Mixtral"), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp.gate"])
+    )
+    reductions = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, *args: reductions.append(tensor.dtype))
+    balancer = LoadBalancer("global_batch", 1.0).attach(model.train())
+    for _ in range(3):
+        model(**batch)
+        balancer.step()
+    assert reductions == [torch.int64, *[torch.float32] * 3]

@@ -13,7 +13,7 @@ from test_callbacks import make_trainer
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
-from hf_moe import RouterReplay, RouterReplayCallback
+from hf_moe import LoadBalancingCallback, RouterReplay, RouterReplayCallback
 from hf_moe.training.routers import find_routers
 
 
@@ -183,6 +183,19 @@ def test_the_callback(tmp_path):
     for router in find_routers(model).values():
         NearlyTied(router.module)
     make_trainer(model, tmp_path, RouterReplayCallback(), gradient_checkpointing=True).train()
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_beside_losses_that_run_the_router_again_or_select_too(is_first, tmp_path):
+    model = small_moe("mixtral").requires_grad_(True)
+    model.set_experts_implementation("eager")
+    for router in find_routers(model).values():
+        NearlyTied(router.module)
+    losses = [LoadBalancingCallback("switch", grad_to="router"), LoadBalancingCallback("importance_load")]
+    callbacks = [RouterReplayCallback(), *losses] if is_first else [*losses, RouterReplayCallback()]
+    trainer = make_trainer(model, tmp_path, *callbacks, gradient_checkpointing=True)
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_what_is_refused():
