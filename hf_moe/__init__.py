@@ -55,7 +55,7 @@ _LAZY = {
     "RoutingHistory": "training.history",
     "RoutingRecorder": "training.recorder",
     "RoutingStatistics": "training.statistics",
-    "add_moe_callbacks": "training.attach",
+    "add_moe_callbacks": "training.add_callbacks",
     "add_routing_section": "hub.routing_section",
     "load_router_bias": "training.bias_balancing",
     "routing_page": "token_page",

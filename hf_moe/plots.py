@@ -42,13 +42,12 @@ def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, t
     image = _heat_map(heat, _relative_load([layer.load.numpy() for layer in layers]))
     heat.set_ylabel("layer")
     _label_layers(heat, list(statistics.layers))
-    figure.colorbar(image, ax=heat, label="load / even share", extend="max")
-
     bars.barh(range(len(layers)), [layer.entropy for layer in layers], color="0.45")
     bars.axvline(1, color="0.8", linewidth=1, zorder=0)
     bars.set_xlim(0, 1.05)
     bars.set_xlabel("entropy")
     bars.tick_params(axis="y", labelleft=False)
+    figure.colorbar(image, ax=[heat, bars], label="load / even share", extend="max")
     return _finish(figure, path, title)
 
 

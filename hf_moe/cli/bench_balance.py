@@ -28,9 +28,8 @@ def balance(
     """
     Training steps of a Qwen3-MoE under the Trainer, without callbacks, with statistics, and with balance losses.
 
-    The trainings take turns step by step, each in a process of its own that waits for the others. What a step takes is the
-    mean of an interval, its log included, by that of the interval without callbacks that ran at the same time; the table has
-    the medians.
+    The trainings take turns step by step, each in a process of its own that waits for the others. The table has the medians of
+    steps without and with a log, and the mean of an interval made of these, by that without callbacks.
     """
     import torch
 
@@ -43,21 +42,17 @@ def balance(
         )
     sizes = {"layers": layers, "experts": experts, "hidden": hidden, "on_gpu": on_gpu}
     steps = (runs + 1) * interval
-    # The first interval is not counted: memory is fetched, kernels are chosen and scores are found out.
-    taken = {
-        name: [sum(seconds[at : at + interval]) / interval for at in range(interval, steps, interval)]
-        for name, seconds in seconds_of_steps(sizes, steps, interval, tokens // length, length).items()
-    }
+    seconds = seconds_of_steps(sizes, steps, interval, tokens // length, length)
     rows = []
-    for name, seconds in taken.items():
-        ratios = [one / other for one, other in zip(seconds, taken[NOTHING], strict=True)]
+    for name, of in seconds.items():
+        # The first interval is not counted: memory is fetched, kernels are chosen and scores are found out.
+        plain, logging = split(of, interval)
         rows.append(
             {
                 "callbacks": name,
-                "median_ms": round(1000 * statistics.median(seconds), 1),
-                "times_nothing": round(statistics.median(ratios), 3),
-                "lowest": round(min(ratios), 3),
-                "highest": round(max(ratios), 3),
+                "step_ms": round(1000 * plain, 1),
+                "step_with_log_ms": round(1000 * logging, 1),
+                "times_nothing": round(mean_step(of, interval) / mean_step(seconds[NOTHING], interval), 3),
             }
         )
     out.table(rows)
@@ -65,6 +60,20 @@ def balance(
         f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {'bfloat16' if on_gpu else 'float32'}, {layers} layers of {experts} experts, hidden "
         f"size {hidden}, {tokens // length * length} tokens, log every {interval} steps, {runs} intervals"
     )
+
+
+def split(seconds: list[float], interval: int) -> tuple[float, float]:
+    """Medians of the steps without and with a log at their end, of all intervals but the first."""
+    counted = seconds[interval:]
+    logging = counted[interval - 1 :: interval]
+    plain = [one for place, one in enumerate(counted) if (place + 1) % interval]
+    return statistics.median(plain or logging), statistics.median(logging)
+
+
+def mean_step(seconds: list[float], interval: int) -> float:
+    """The mean of an interval with one log, of medians, which a moment of another program on the machine does not change."""
+    plain, logging = split(seconds, interval)
+    return (plain * (interval - 1) + logging) / interval
 
 
 def make_model(layers: int, experts: int, hidden: int, on_gpu: bool, own_loss: bool) -> Any:
@@ -163,7 +172,7 @@ def train(
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
-    from ..training.attach import add_moe_callbacks
+    from ..training.add_callbacks import add_moe_callbacks
 
     class TakeTurns(TrainerCallback):
         began: float | None = None

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
-from .attach import Attachment, MoeCallback
 from .bias_balancing import FILE_NAME, BiasBalancer, load_router_bias
 from .load_balancing import LoadBalancer
+from .moe_callback import Attachment, MoeCallback
 from .routers import parameters_around
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .attach import Attachment, MoeCallback
+from .moe_callback import Attachment, MoeCallback
 from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
 from .routers import find_selection_bias, without_wrappers

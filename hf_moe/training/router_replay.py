@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .attach import Attachment, MoeCallback
+from .moe_callback import Attachment, MoeCallback
 from .router_hooks import ModelCalls
 from .routers import Router, find_routers
 

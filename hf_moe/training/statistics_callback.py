@@ -11,8 +11,8 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..models import losses
-from .attach import Attachment, MoeCallback
 from .history import RoutingHistory
+from .moe_callback import Attachment, MoeCallback
 from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
 from .statistics import LayerRouting, RoutingStatistics, layer_number

@@ -18,8 +18,16 @@ def test_trainings_take_turns(run_command):
     assert run.returncode == 0, run.stderr
     rows = json.loads(run.stdout)
     assert [row["callbacks"] for row in rows] == list(bench_balance.make_variants())
-    assert rows[0]["times_nothing"] == rows[0]["highest"] == 1
-    assert all(row["median_ms"] > 0 for row in rows)
+    assert rows[0]["times_nothing"] == 1
+    assert all(row["step_ms"] > 0 for row in rows)
+
+
+def test_a_mean_of_medians():
+    """Two intervals of three steps are counted, and the first is not; one step was disturbed."""
+    seconds = [9.0, 9.0, 9.0, 1.0, 1.0, 4.0, 1.0, 70.0, 6.0]
+    assert bench_balance.split(seconds, 3) == (1.0, 5.0)
+    assert bench_balance.mean_step(seconds, 3) == (2 * 1.0 + 5.0) / 3
+    assert bench_balance.split([9.0, 2.0, 4.0], 1) == (3.0, 3.0)
 
 
 @pytest.mark.processes

@@ -43,6 +43,7 @@ DDP_SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
+SAVES = ("steps", "epoch", "best")  # when there is a checkpoint: the last after an evaluation
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 FSDP_SETTINGS: dict[str, dict[str, Any]] = {
     "FSDP2 in a Trainer": FSDP2,
@@ -92,6 +93,7 @@ def watched(folder: Path, steps_per_update: int, save: str) -> dict[str, Any]:
     """What the callbacks know after two optimizer steps of four rows, with a checkpoint before anything is logged."""
     statistics, bias = RouterStatisticsCallback(folder=str(folder / "routing")), BiasBalancingCallback(0.01)
     balance, collapse = LoadBalancingCallback("global_batch", adaptive=True), ExpertCollapseCallback(2)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"} if save == "best" else {}
     trainer = make_trainer(
         trainable("deepseek_v3"),
         folder,
@@ -105,10 +107,11 @@ def watched(folder: Path, steps_per_update: int, save: str) -> dict[str, Any]:
         learning_rate=0.0,
         save_strategy=save,
         save_steps=1,
-        logging_steps=2 if save == "steps" else 100,
+        logging_steps=100 if save == "epoch" else 2,
+        **evaluation,
     )
     trainer.train()
-    checkpoint = "checkpoint-1" if save == "steps" else "checkpoint-2"
+    checkpoint = "checkpoint-2" if save == "epoch" else "checkpoint-1"
     saved = TrainerState.load_from_json(str(folder / checkpoint / "trainer_state.json")).stateful_callbacks
     lines = RoutingHistory.load(folder / "routing").statistics
     return {
@@ -140,7 +143,7 @@ def main(folder: str, rank: int, world_size: int) -> None:
             results[model_kind, f"FSDP2, {use_reentrant=}"] = sharded_gradients(model_kind, rank, use_reentrant)
         if model_kind != "moe_llama":
             results[model_kind, "transformers"] = {"native": native_gradient(model_kind, rows())}
-    for save in ("steps", "epoch") if world_size > 1 else ():
+    for save in SAVES if world_size > 1 else ():
         results["deepseek_v3", f"callbacks, {save}"] = watched(Path(folder, save), 1, save)
     torch.save(results, f"{folder}/gradients{rank}.pt")
     distributed.barrier()

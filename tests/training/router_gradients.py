@@ -13,8 +13,8 @@ from small_models import small_moe
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_moe.training.attach import Attachment
 from hf_moe.training.load_balancing import LoadBalancer
+from hf_moe.training.moe_callback import Attachment
 from hf_moe.training.routers import find_routers
 
 

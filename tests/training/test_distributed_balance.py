@@ -4,7 +4,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from distributed_balance import DDP_SETTINGS, run_processes, watched
+from distributed_balance import DDP_SETTINGS, SAVES, run_processes, watched
 from router_gradients import MODELS, native_gradient, rows
 from test_load_balancing import expected_gradient
 
@@ -40,7 +40,7 @@ def test_two_processes_are_averaged(tmp_path):
                     assert_close(gradient, expected[kind], 1e-6)
 
     # Callbacks know what both processes saw, as in one that accumulates.
-    for save in ("steps", "epoch"):
+    for save in SAVES:
         expected = watched(tmp_path / f"one-{save}", 2, save)
         for of_rank in results:
             found = of_rank["deepseek_v3", f"callbacks, {save}"]
