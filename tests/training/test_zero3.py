@@ -41,7 +41,7 @@ def test_the_blocks_of_any_model(kind, leaves):
 def test_trainers_that_run_zero3(leaves, monkeypatch, tmp_path):
     make_trainer(trainable("mixtral"), tmp_path)
     assert not leaves
-    monkeypatch.setattr("hf_moe.training.attach.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("hf_moe.training.add_callbacks.is_deepspeed_zero3_enabled", lambda: True)
     make_trainer(trainable("mixtral"), tmp_path)
     assert [names for _, names in leaves] == [["MixtralSparseMoeBlock"]]
 
