@@ -152,8 +152,8 @@ class RouterFreezeCallback(MoeCallback):
     Freezes the routers, or everything but them, for a part of the training.
 
     Args:
-        freeze_from (`int`, *optional*): Optimizer step from which on the routers are frozen. The default is 0, and with
-            `only_routers_until` never.
+        freeze_from (`int`, *optional*): Optimizer step from which on the routers are frozen. The default is 0, and never with
+            `only_routers_until` alone.
         freeze_until (`int`, *optional*): Optimizer step at which they train again; never if None.
         only_routers_until (`int`, *optional*, defaults to 0): Before this step only the routers train, as a start for new ones.
 
@@ -164,9 +164,8 @@ class RouterFreezeCallback(MoeCallback):
 
     def __init__(self, freeze_from: int | None = None, freeze_until: int | None = None, only_routers_until: int = 0):
         super().__init__(freeze_from=freeze_from, freeze_until=freeze_until, only_routers_until=only_routers_until)
-        if freeze_from is None and only_routers_until:
-            freeze_from = sys.maxsize
-        freeze_from = freeze_from or 0
+        if freeze_from is None:
+            freeze_from = sys.maxsize if only_routers_until and freeze_until is None else 0
         if freeze_until is not None and freeze_until <= freeze_from:
             raise ValueError(f"freeze_until is {freeze_until} and freeze_from {freeze_from}. Choose a later step.")
         if only_routers_until > freeze_from:

@@ -124,7 +124,7 @@ class MoeCallback(TrainerCallback, ExportableState):
         plain_model = extract_model_from_parallel(model)
         self.reset()
         if state.global_step:
-            self._resume(args, state, self.attachment.trainer.callback_handler.callbacks)
+            self._resume(args, state)
         self._is_running = True
         self.begin(plain_model, self.attachment)
 
@@ -155,7 +155,7 @@ class MoeCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": self._options, "attributes": {}, "state": self.save_state(), "world_size": _world_size()}
 
-    def _resume(self, args: Any, state: Any, callbacks: list[TrainerCallback]) -> None:
+    def _resume(self, args: Any, state: Any) -> None:
         name = type(self).__name__
         if not args.restore_callback_states_from_checkpoint:
             logger.warning(
@@ -163,18 +163,15 @@ class MoeCallback(TrainerCallback, ExportableState):
                 f"TrainingArguments for it to go on where the checkpoint was saved.{self.begins_anew}"
             )
             return
-        # Of several of a class each takes what one of its kind has saved, in their order.
         kind = self._options.get("kind")
-        alike = [one for one in callbacks if type(one) is type(self) and one._options.get("kind") == kind]
         saved = state.stateful_callbacks.get(name) or []
         saved = [one for one in (saved if isinstance(saved, list) else [saved]) if one["args"].get("kind") == kind]
-        if len(saved) < len(alike):
-            of_kind = f" of kind {kind!r}" if kind else ""
+        if not saved:
             logger.warning(
-                f"The checkpoint has {len(saved)} {name}{of_kind}, and now there are {len(alike)}, so that they begin anew."
+                f"The checkpoint was saved without {name}{f' of kind {kind!r}' if kind else ''}, which begins anew."
             )
             return
-        mine = saved[-len(alike) :][next(place for place, one in enumerate(alike) if one is self)]
+        mine = saved[-1]
         changed = {key: value for key, value in self._options.items() if value != mine["args"].get(key)}
         if changed:
             logger.warning(f"{name} goes on with other options than the checkpoint was saved with: {changed}.")

@@ -332,8 +332,7 @@ def test_no_number_is_fetched_from_a_device(monkeypatch):
         for balancer in balancers:
             balancer.step()
         statistics._add_pending()
-    with pytest.raises(NotImplementedError, match="meta"):
-        statistics.metrics()  # which asks
+    assert {str(counts.device) for counts in statistics._counts.values()} == {"meta"}
 
 
 def resumed(make, tmp_path: Path, **arguments: Any) -> tuple[Trainer, Trainer]:
@@ -435,7 +434,7 @@ def test_the_options_given_on_resuming_count(tmp_path, caplog):
         "LoadBalancingCallback goes on with other options than the checkpoint was saved with: {'coef': 0.5}"
         in caplog.text
     )
-    assert "The checkpoint has 0 LoadBalancingCallback of kind 'entropy', and now there are 1" in caplog.text
+    assert "saved without LoadBalancingCallback of kind 'entropy', which begins anew" in caplog.text
     assert (tmp_path / "first" / "routing_history.jsonl").read_text() == lines
     assert len((tmp_path / "second" / "routing_history.jsonl").read_text().splitlines()) == 1
     # Once more with what the callbacks of the first training were.
@@ -474,7 +473,7 @@ def test_a_callback_goes_on_with_the_state_of_its_kind(saved, given, num_steps, 
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     balancers = [of.balancer for of in trainer.callback_handler.callbacks if isinstance(of, LoadBalancingCallback)]
     assert [(balancer.kind, balancer.num_steps) for balancer in balancers] == list(zip(given, num_steps, strict=True))
-    assert ("The checkpoint has 0 LoadBalancingCallback" in caplog.text) == (2 in num_steps)
+    assert ("saved without LoadBalancingCallback" in caplog.text) == (2 in num_steps)
 
 
 def test_what_a_trainer_has_already_is_refused(tmp_path):
