@@ -20,7 +20,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .routers import ROUTERS
+from .configuration_routing import RoutingConfigMixin
 
 
 MOE_TP_PLAN = {
@@ -50,9 +50,9 @@ def ungated_ep_plan(layers: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class MoeConfigMixin:
+class MoeConfigMixin(RoutingConfigMixin):
     r"""
-    The fields of a sparse block, added to those of the dense configuration.
+    The fields of a sparse block, added to those of the dense configuration, with those of [`RoutingConfigMixin`].
 
     Args:
         num_experts (`int`, *optional*, defaults to 8):
@@ -63,18 +63,8 @@ class MoeConfigMixin:
             Number of routed experts that serve one token.
         moe_intermediate_size (`int`, *optional*):
             Intermediate size of one routed expert. Defaults to `intermediate_size`.
-        norm_topk_prob (`bool`, *optional*, defaults to `True`):
-            Whether the weights of the chosen experts are divided by their sum.
-        router_type (`str`, *optional*, defaults to `"softmax_topk"`):
-            Name of the router, see `ROUTERS`.
-        use_expert_bias (`bool`, *optional*, defaults to `False`):
-            Whether the router chooses by the score plus a bias of each expert, `e_score_correction_bias`, which is no part of the
-            routing weights. It is a buffer that training leaves alone; `BiasBalancingCallback` moves it.
-        router_jitter_noise (`float`, *optional*, defaults to 0.0):
-            In training, the input of the sparse block is multiplied by uniform noise from `1 - router_jitter_noise` to
-            `1 + router_jitter_noise`, as Mixtral does.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.001):
-            Coefficient of the load-balancing loss, which is added to the loss when `output_router_logits` is on.
+            Coefficient of the router's balance loss, which is added to the loss when `output_router_logits` is on.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether the model returns the router logits and the load-balancing loss.
         shared_expert_intermediate_size (`int`, *optional*):
@@ -98,10 +88,6 @@ class MoeConfigMixin:
     num_experts_per_layer: list[int] | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
-    norm_topk_prob: bool = True
-    router_type: str = "softmax_topk"
-    use_expert_bias: bool = False
-    router_jitter_noise: float = 0.0
     router_aux_loss_coef: float = 0.001
     output_router_logits: bool = False
     shared_expert_intermediate_size: int | None = None
@@ -150,6 +136,17 @@ class MoeConfigMixin:
         """Number of routed experts of a sparse layer."""
         return self.num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[layer_index]
 
+    @property
+    def counts_of_experts(self) -> list[int]:
+        """Numbers of routed experts of the sparse layers."""
+        counts = [self.num_experts] if self.num_experts_per_layer is None else self.num_experts_per_layer
+        return [count for count in counts if count]
+
+    @property
+    def is_causal_model(self) -> bool:
+        """Whether the family is one of causal language models."""
+        return "AutoModelForCausalLM" in self.auto_classes
+
     @classmethod
     def auto_class_references(cls) -> dict[str, str]:
         """The `auto_map` of the family, e.g. `{"AutoModel": "modeling_moe_llama.MoeLlamaModel", ...}`."""
@@ -162,11 +159,10 @@ class MoeConfigMixin:
 
     def validate_moe(self):
         """Part of `@strict`-powered validation."""
-        if self.router_type not in ROUTERS:
-            raise ValueError(f"`router_type` must be one of {sorted(ROUTERS)}, got {self.router_type!r}.")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        num_experts = self.num_experts + self.num_zero_computation_experts
+        if not 1 <= self.num_experts_per_tok <= num_experts:
             raise ValueError(
-                f"`num_experts_per_tok` must lie between 1 and `num_experts` ({self.num_experts}), got "
+                f"`num_experts_per_tok` must lie between 1 and `num_experts` ({num_experts}), got "
                 f"{self.num_experts_per_tok}."
             )
         if len(self.mlp_layer_types) != self.num_hidden_layers:

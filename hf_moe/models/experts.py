@@ -36,6 +36,9 @@ class _Experts(nn.Module):
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = config.moe_intermediate_size
         self.act_fn = ACT2FN[config.hidden_act]
+        # CODEPATH: Switch drops out here in fine-tuning; for gated experts it is the same as on the product with `up`
+        if config.expert_dropout:
+            self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(config.expert_dropout))
         up, up_dim = (
             ("gate_up_proj", 2 * self.intermediate_dim) if config.gated_experts else ("up_proj", self.intermediate_dim)
         )

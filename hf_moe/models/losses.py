@@ -66,6 +66,59 @@ def device_loss(
     )
 
 
+def heterogeneous_loss(
+    scores_TE: torch.Tensor,
+    counts_E: torch.Tensor,
+    num_feed_forwards: int,
+    zero_expert_tau: float,
+    mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    MoE++'s balance loss (https://huggingface.co/papers/2410.07348): Switch's, in which an expert that computes nothing
+    counts `zero_expert_tau` times; the smaller that is, the more tokens it may get. With one share for all feed-forwards
+    and one for all others it is `zero_expert_tau * E / (zero_expert_tau * N + E - N)` if those are as `zero_expert_tau` to
+    1, N being `num_feed_forwards`.
+
+    Args:
+        scores_TE (`torch.Tensor` of shape `(T, E)`): Scores of a token, which sum to 1.
+        counts_E (`torch.Tensor` of shape `(E,)`): Slots that each expert served; the feed-forwards are the first.
+        num_feed_forwards (`int`): How many of the experts are feed-forwards.
+        zero_expert_tau (`float`): The factor of the others.
+        mask_T (`torch.Tensor` of shape `(T,)`, *optional*): 1 for tokens, 0 for padding.
+    """
+    terms_E = _shares(counts_E) * masked_mean(scores_TE, mask_T)
+    feed_forwards, others = terms_E[:num_feed_forwards].sum(), terms_E[num_feed_forwards:].sum()
+    return len(counts_E) * (feed_forwards + zero_expert_tau * others)
+
+
+def squared_deviation_loss(scores_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Skywork-MoE's balance loss, `sum_i (1 / E - P_i) ** 2` with P the mean score (https://huggingface.co/papers/2406.06563);
+    0 if balanced."""
+    return (masked_mean(scores_TE, mask_T) - 1 / scores_TE.shape[-1]).square().sum()
+
+
+def group_divergence_loss(scores_TG: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
+    """The Kullback-Leibler divergence of the groups' mean scores from an even load, divided by the number of groups
+    (https://huggingface.co/papers/2510.02345); 0 if balanced."""
+    num_groups = scores_TG.shape[-1]
+    mean_G = masked_mean(scores_TG, mask_T).clamp(min=1e-20)
+    return -(mean_G * num_groups).log().mean() / num_groups
+
+
+def competitive_loss(outputs_TEH: torch.Tensor, targets_TH: torch.Tensor, scores_TE: torch.Tensor) -> torch.Tensor:
+    """
+    The loss with which the mixtures of 1991 made experts compete, `-log sum_i p_i exp(-|d - o_i|^2 / 2)`, averaged over the
+    tokens: an expert learns from a token as much as it explains it.
+
+    Args:
+        outputs_TEH (`torch.Tensor` of shape `(T, E, H)`): What every expert gives.
+        targets_TH (`torch.Tensor` of shape `(T, H)`): What they should give.
+        scores_TE (`torch.Tensor` of shape `(T, E)`): Scores of a token, which sum to 1.
+    """
+    squared_TE = (outputs_TEH - targets_TH[:, None]).square().sum(-1)
+    return -torch.logsumexp(scores_TE.clamp(min=1e-20).log() - 0.5 * squared_TE, dim=-1).mean()
+
+
 def sequence_loss(
     scores_TE: torch.Tensor, top_k_index_TK: torch.Tensor, batch_size: int, mask_T: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -95,7 +148,7 @@ def sequence_loss(
 def importance_loss(weights_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
     """The squared coefficient of variation of the routing weights that experts got (https://huggingface.co/papers/1701.06538);
     0 if balanced."""
-    return _squared_variation(masked_mean(weights_TE, mask_T))
+    return squared_variation(masked_mean(weights_TE, mask_T))
 
 
 def load_loss(
@@ -116,7 +169,7 @@ def load_loss(
         mask_T (`torch.Tensor` of shape `(T,)`, *optional*): 1 for tokens, 0 for padding.
         noisy_logits_TE (`torch.Tensor` of shape `(T, E)`, *optional*): Logits with the noise that was drawn.
     """
-    return _squared_variation(masked_mean(load_probabilities(logits_TE, top_k, noise_std, noisy_logits_TE), mask_T))
+    return squared_variation(masked_mean(load_probabilities(logits_TE, top_k, noise_std, noisy_logits_TE), mask_T))
 
 
 def load_probabilities(
@@ -150,7 +203,7 @@ def sparsity_loss(
 ) -> torch.Tensor:
     """ReMoE's L1 loss of routing weights, weighted by the load (https://huggingface.co/papers/2412.14711):
     `E * sum_i f_i * mean_t w_i` with `f_i` the slots of the expert by `T * K`."""
-    num_tokens = len(weights_TE) if mask_T is None else mask_T.sum()
+    num_tokens = len(weights_TE) if mask_T is None else mask_T.sum().clamp(min=1)
     shares_E = counts_E / (num_tokens * top_k)
     return len(counts_E) * (shares_E * masked_mean(weights_TE, mask_T)).sum()
 
@@ -187,5 +240,6 @@ def _shares(counts_E: torch.Tensor) -> torch.Tensor:
     return counts_E / counts_E.sum().clamp(min=1)
 
 
-def _squared_variation(values_E: torch.Tensor) -> torch.Tensor:
+def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
+    """The squared coefficient of variation, with the population's variance."""
     return values_E.var(correction=0) / (values_E.mean().square() + 1e-10)

@@ -30,8 +30,12 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
 
+from .capacity import ExpertCapacity
 from .experts import BiasedMoeExperts, MoeExperts, SharedExpert, UngatedMoeExperts, build_experts
-from .routers import ROUTERS, MoeRouter
+from .routers import MoeRouter
+from .routers_noisy import init_truncated_normal
+from .routing_context import RoutingContext, open_routing, with_routing
+from .zero_experts import ZeroComputationExperts
 
 
 logger = logging.get_logger(__name__)
@@ -45,30 +49,93 @@ class MoeSparseBlock(nn.Module):
     TRL, quantizers and the parallel plans of transformers look for.
     """
 
-    def __init__(self, config, num_experts: int):
+    def __init__(self, config, num_experts: int, layer_index: int = 0):
         super().__init__()
-        self.jitter_noise = config.router_jitter_noise
-        self.gate = ROUTERS[config.router_type](config, num_experts)
+        router_class = config.router_class
+        self.layer_index = layer_index
+        self.jitter_noise = config.router_jitter_noise if router_class.jitters_block else 0.0
+        self.gate = router_class(config, num_experts)
+        # CODEPATH: with a capacity Switch and GShard, without Mixtral and DeepSeek
+        self.capacity = (
+            ExpertCapacity(config, self.gate.num_experts, router_class.score, router_class.queues_by_choice)
+            if config.has_capacity
+            else None
+        )
         self.experts = build_experts(config, num_experts)
+        # CODEPATH: with zero-computation experts MoE++, without all others
+        self.zero_experts = (
+            ZeroComputationExperts(config, num_experts) if config.num_zero_computation_experts else None
+        )
         # CODEPATH: with a shared expert DeepSeekMoE and Qwen2-MoE, without Mixtral and Qwen3-MoE
         self.shared_expert = SharedExpert(config) if config.shared_expert_intermediate_size else None
         hidden_size = config.hidden_size
         # CODEPATH: gated Qwen2-MoE, ungated DeepSeekMoE
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.use_shared_expert_gate else None
+        self.weighs_input = router_class.weighs_input
+        # A slot may be empty, so that only the others are worth computing.
+        has_other_slots = self.capacity is not None or self.zero_experts is not None
+        self.has_empty_slots = has_other_slots or self.gate.leaves_slots_empty
+        self.needs = config.routing_needs
+        self.routing: RoutingContext | None = None  # of the forward pass at hand
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.training and self.jitter_noise > 0:
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states = hidden_states * noise
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH)
-        output_TH = self.experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
+        if not self.needs and self.routing is None:
+            _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH)
+        else:
+            top_k_weights_TK, top_k_index_TK = self._route(hidden_states)
+        output_TH = self._run_experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
         if self.shared_expert is not None:
             shared_output_TH = self.shared_expert(hidden_states_TH)
             if self.shared_expert_gate is not None:
                 shared_output_TH = F.sigmoid(self.shared_expert_gate(hidden_states_TH)) * shared_output_TH
             output_TH = output_TH + shared_output_TH
         return output_TH.reshape(hidden_states.shape)
+
+    def _route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and experts, of tokens about which more than their hidden states is known."""
+        routing, self.routing = self.routing or RoutingContext(), None
+        tokens = routing.tokens(hidden_states, self.layer_index, self.needs)
+        hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router_logits_TE, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH, tokens)
+        if "previous_logits_TE" in self.needs:
+            routing.keep_logits(self.layer_index, router_logits_TE)
+        if routing.wants_balance_losses:
+            routing.balance_losses[self.layer_index] = self.gate.balance_loss(
+                hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens
+            )
+        if self.capacity is not None:
+            top_k_weights_TK, top_k_index_TK = self.capacity(
+                router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens
+            )
+        return self.gate.finish(top_k_weights_TK), top_k_index_TK
+
+    def _run_experts(
+        self, hidden_states_TH: torch.Tensor, top_k_index_TK: torch.Tensor, top_k_weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        if not self.has_empty_slots and not self.weighs_input:
+            return self.experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
+        # Each slot becomes a token of its own with one expert. Which are empty is asked of the device once.
+        num_experts = self.experts.num_experts if self.zero_experts is None else self.zero_experts.first
+        if self.has_empty_slots:
+            token_N, slot_N = (top_k_index_TK < num_experts).nonzero(as_tuple=True)
+        else:
+            token_N = torch.arange(len(top_k_index_TK), device=top_k_index_TK.device)
+            token_N = token_N.repeat_interleave(top_k_index_TK.shape[-1])
+            slot_N = torch.arange(top_k_index_TK.shape[-1], device=top_k_index_TK.device).repeat(len(top_k_index_TK))
+        weights_N1 = top_k_weights_TK[token_N, slot_N, None]
+        inputs_NH = hidden_states_TH[token_N]
+        if self.weighs_input:
+            inputs_NH, weights_N1 = (inputs_NH * weights_N1).to(inputs_NH.dtype), torch.ones_like(weights_N1)
+        outputs_NH = self.experts(inputs_NH, top_k_index_TK[token_N, slot_N, None], torch.ones_like(weights_N1))
+        output_TH = torch.zeros(hidden_states_TH.shape, dtype=weights_N1.dtype, device=hidden_states_TH.device)
+        output_TH = output_TH.index_add(0, token_N, outputs_NH * weights_N1)
+        if self.zero_experts is not None:
+            output_TH = output_TH + self.zero_experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
+        return output_TH.to(hidden_states_TH.dtype)
 
 
 class MoePreTrainedModelMixin:
@@ -84,17 +151,17 @@ class MoePreTrainedModelMixin:
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        std = self.config.initializer_range
+        std, scale = self.config.initializer_range, self.config.moe_initializer_scale
         if isinstance(module, (MoeExperts, BiasedMoeExperts, UngatedMoeExperts)):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("bias"):
                     init.zeros_(parameter)
+                elif scale is not None:
+                    init_truncated_normal(parameter, scale)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, MoeRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, (MoeRouter, ZeroComputationExperts)):
+            module.init_weights(std)
 
 
 class MoeModelMixin:
@@ -117,9 +184,14 @@ class MoeModelMixin:
             )
         for index, layer_type in enumerate(config.mlp_layer_types):
             if layer_type == "sparse":
-                self.replace_feed_forward(layers, index, self.block_class(config, config.num_experts_in(index)))
+                block = self.block_class(config, config.num_experts_in(index), layer_index=index)
+                self.replace_feed_forward(layers, index, block)
         # A family may have put layers of a class of its own there.
         self._no_split_modules.update(type(layer).__name__ for layer in layers)
+        if config.routing_needs or not config.uses_mixtral_balance_loss:
+            self.register_forward_pre_hook(open_routing, with_kwargs=True)
+            for layer in layers:
+                layer.__class__ = with_routing(type(layer))
         self.post_init()
 
     def replace_feed_forward(self, layers: nn.ModuleList, index: int, block: MoeSparseBlock) -> None:
@@ -160,6 +232,8 @@ class MoeForCausalLMMixin:
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_token_type_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         r"""
@@ -169,14 +243,25 @@ class MoeForCausalLMMixin:
             output_router_logits (`bool`, *optional*):
                 Whether to return `router_logits`, one `(batch_size * sequence_length, num_experts)` tensor per sparse
                 layer, and `aux_loss`, which is then added to the loss times `config.router_aux_loss_coef`. Defaults to
-                `config.output_router_logits`. `aux_loss` is Mixtral's: its minimum is `num_experts_per_tok`.
+                `config.output_router_logits`. `aux_loss` is what the router's contract names, averaged over the layers; of
+                `"softmax_topk"` Mixtral's, whose minimum is `num_experts_per_tok`.
+            mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                The modality of every token, 0 for text, for models with `config.num_experts_per_modality`.
+            domain_ids (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                The domain of every sequence, for models with `config.num_hash_domains` above 1.
 
         Raises:
             ValueError: if the load-balancing loss is asked for where it would have no gradient, that is in training with
-                reentrant gradient checkpointing.
+                reentrant gradient checkpointing; if modalities or domains are given to a model that has no use for them.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        kwargs |= self._routing_inputs(mm_token_type_ids, domain_ids)
+        routing = None
+        if output_router_logits and not self.config.uses_mixtral_balance_loss:
+            routing = kwargs["routing"] = RoutingContext(
+                wants_balance_losses=self.config.router_class.has_balance_loss
+            )
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -195,13 +280,14 @@ class MoeForCausalLMMixin:
 
         aux_loss = None
         if output_router_logits:
-            aux_loss = _balance_loss(
-                outputs.router_logits,
-                self.config.num_experts_per_tok,
-                _padding_mask(attention_mask, outputs.last_hidden_state),
-            )
+            if routing is None:
+                mask = _padding_mask(attention_mask, outputs.last_hidden_state)
+                aux_loss = _mixtral_balance_loss(outputs.router_logits, self.config.num_experts_per_tok, mask)
+            else:
+                aux_loss = _mean(routing.balance_losses, logits)
             if labels is not None:
-                if loss.requires_grad and not aux_loss.requires_grad and self._trains_a_router():
+                has_no_gradient = loss.requires_grad and not aux_loss.requires_grad
+                if has_no_gradient and self.config.router_class.has_balance_loss and self._trains_a_router():
                     raise ValueError(
                         "The load-balancing loss has no gradient here, because reentrant gradient checkpointing runs the "
                         "layers without one. Use `gradient_checkpointing_kwargs={'use_reentrant': False}`, or turn the "
@@ -220,7 +306,17 @@ class MoeForCausalLMMixin:
         )
 
     def _trains_a_router(self) -> bool:
-        return any(isinstance(module, MoeRouter) and module.weight.requires_grad for module in self.modules())
+        routers = [module for module in self.modules() if isinstance(module, MoeRouter)]
+        return any(parameter.requires_grad for router in routers for parameter in router.parameters())
+
+    def _routing_inputs(self, mm_token_type_ids, domain_ids) -> dict[str, torch.Tensor]:
+        given = {"mm_token_type_ids": mm_token_type_ids, "domain_ids": domain_ids}
+        readers = {"mm_token_type_ids": "modality_T", "domain_ids": "domain_T"}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if readers[name] not in self.config.routing_needs:
+                raise ValueError(f"`{name}` has no effect on this model: router_type={self.config.router_type!r}.")
+        return given
 
 
 class MoeClassificationMixin:
@@ -270,7 +366,13 @@ def _warn_of_ignored_router_logits(model: PreTrainedModel) -> None:
         )
 
 
-def _balance_loss(
+def _mean(losses: dict[int, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Over the layers, 0 if there is none."""
+    zero = torch.zeros((), dtype=torch.float32, device=like.device)
+    return sum((loss.to(like.device) for loss in losses.values()), zero) / max(len(losses), 1)
+
+
+def _mixtral_balance_loss(
     router_logits: tuple[torch.Tensor, ...], top_k: int, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Mixtral's balance loss; where layers differ in their number of experts, its mean over the layers."""

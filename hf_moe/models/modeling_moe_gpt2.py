@@ -27,8 +27,8 @@ from .routers import MoeRouter
 class MoeGPT2SparseBlock(MoeSparseBlock):
     """A [`MoeSparseBlock`] that drops a part of its output in training, as the dense feed-forward of GPT-2 does."""
 
-    def __init__(self, config, num_experts: int):
-        super().__init__(config, num_experts)
+    def __init__(self, config, num_experts: int, layer_index: int = 0):
+        super().__init__(config, num_experts, layer_index)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

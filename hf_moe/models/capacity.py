@@ -1,0 +1,193 @@
+# Copyright 2026 The hf_moe authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Capacity: how many tokens of a group an expert takes, and which ones if more want it.
+
+`ExpertCapacity` stands between the router and the experts of a block whose configuration has a `capacity_policy`. It asks
+the device for nothing: how many tokens are no padding, and so how many an expert takes, stays there.
+
+Dimension letters: T tokens, E experts, K experts per token, B groups of tokens, N slots (T * K).
+"""
+
+import torch
+from torch import nn
+
+from .losses import scores_of
+from .routing_context import Tokens
+
+
+CAPACITY_POLICIES = {
+    "none": "no token is dropped",
+    "position": "the first tokens are kept",
+    "probability": "the tokens with the largest routing weights are kept",
+    "random": "tokens are kept by chance in training, the first ones in evaluation",
+    "batch_prioritized": "all first choices before the second ones, tokens with the largest score first",
+    "recycle": "as `position`, and the others go to random experts with room",
+}
+
+
+class ExpertCapacity(nn.Module):
+    """
+    Takes slots away from experts that more tokens chose than they have room for.
+
+    Of every group of tokens (`capacity_group`) with n tokens without padding, an expert has room for
+    `ceil(capacity_factor * K * n / E)`, at least `min_capacity`; in evaluation for `eval_capacity_factor`, and without one for
+    all. With zero-computation experts the room is dealt out as in MoE++: a feed-forward has `zero_expert_tau` times that of
+    another. A dropped slot has index `num_experts` and weight 0, so that the token passes on through the residual stream.
+    Padding never takes room.
+
+    Args:
+        config: The configuration.
+        num_experts (`int`): Number of experts, those without computation included.
+        score (`str`): What the router makes of its logits.
+        queues_by_choice (`bool`): Whether the first choices of all tokens come before the second ones.
+    """
+
+    def __init__(self, config, num_experts: int, score: str, queues_by_choice: bool):
+        super().__init__()
+        self.policy, self.group = config.capacity_policy, config.capacity_group
+        self.factor, self.eval_factor = config.capacity_factor, config.eval_capacity_factor
+        self.min_capacity = config.min_capacity
+        self.num_experts, self.top_k, self.score = num_experts, config.num_experts_per_tok, score
+        self.num_zero_computation_experts = config.num_zero_computation_experts
+        self.zero_expert_tau = config.zero_expert_tau
+        self.queues_by_choice = queues_by_choice
+
+    def forward(
+        self,
+        router_logits_TE: torch.Tensor,
+        top_k_weights_TK: torch.Tensor,
+        top_k_index_TK: torch.Tensor,
+        tokens: Tokens,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(T, K)` weights and `(T, K)` experts with the dropped slots."""
+        if tokens.mask_T is not None:
+            is_padding_T1 = ~tokens.mask_T[:, None]
+            top_k_index_TK = top_k_index_TK.masked_fill(is_padding_T1, self.num_experts)
+            top_k_weights_TK = top_k_weights_TK.masked_fill(is_padding_T1, 0.0)
+        factor = self.factor if self.training else self.eval_factor
+        if factor is None:
+            return top_k_weights_TK, top_k_index_TK
+        num_groups = tokens.num_groups(self.group, len(top_k_index_TK))
+        room_BE = self.room(tokens, num_groups, len(top_k_index_TK), factor, top_k_weights_TK.device)
+        place_TK = self.place_in_queue(router_logits_TE, top_k_weights_TK, top_k_index_TK, num_groups)
+        group_T1 = _group_of_tokens(len(top_k_index_TK), num_groups, place_TK.device)
+        none_B1 = room_BE.new_zeros(num_groups, 1)  # for the slots that take no expert
+        is_over_TK = place_TK >= torch.cat([room_BE, none_B1], dim=-1)[group_T1, top_k_index_TK]
+        weights_TK = top_k_weights_TK.masked_fill(is_over_TK, 0.0)
+        index_TK = top_k_index_TK.masked_fill(is_over_TK, self.num_experts)
+        if self.policy != "recycle":
+            return weights_TK, index_TK
+        is_overflow_TK = is_over_TK & (top_k_index_TK < self.num_experts)
+        new_index_TK = recycle(index_TK, is_overflow_TK, room_BE, num_groups)
+        scores_TE = nn.functional.pad(scores_of(router_logits_TE, self.score), (0, 1))
+        scale_TK = scores_TE.gather(-1, new_index_TK) / scores_TE.gather(-1, top_k_index_TK).clamp(min=1e-20)
+        return torch.where(is_overflow_TK, top_k_weights_TK * scale_TK, weights_TK), new_index_TK
+
+    def room(
+        self, tokens: Tokens, num_groups: int, num_tokens: int, factor: float, device: torch.device
+    ) -> torch.Tensor:
+        """`(B, E)` in int64: how many tokens of a group an expert takes."""
+        if tokens.mask_T is None:
+            num_tokens_B1 = torch.full((num_groups, 1), num_tokens // num_groups, device=device)
+        else:
+            num_tokens_B1 = tokens.mask_T.view(num_groups, -1).sum(-1, keepdim=True)
+        # In float64, where a product like 1.1 * 10 / 11 of short numbers is not rounded up to the next slot.
+        share_B1 = factor * self.top_k * num_tokens_B1.double() / self.num_experts
+        num_feed_forwards = self.num_experts - self.num_zero_computation_experts
+        if not self.num_zero_computation_experts:
+            share_BE = share_B1.expand(-1, num_feed_forwards)
+        else:
+            parts = self.zero_expert_tau * num_feed_forwards + self.num_zero_computation_experts
+            of_other_B1 = share_B1 * self.num_experts / parts
+            share_BE = torch.cat(
+                [
+                    (self.zero_expert_tau * of_other_B1).expand(-1, num_feed_forwards),
+                    of_other_B1.expand(-1, self.num_zero_computation_experts),
+                ],
+                dim=-1,
+            )
+        return (share_BE - 1e-9).ceil().clamp(min=self.min_capacity).long()
+
+    def place_in_queue(
+        self,
+        router_logits_TE: torch.Tensor,
+        top_k_weights_TK: torch.Tensor,
+        top_k_index_TK: torch.Tensor,
+        num_groups: int,
+    ) -> torch.Tensor:
+        """`(T, K)`: how many slots of the group stand before this one in the queue of its expert."""
+        num_tokens, top_k = top_k_index_TK.shape
+        if self.policy == "probability":
+            priority_TK = top_k_weights_TK.detach()
+        elif self.policy == "batch_prioritized":
+            priority_TK = scores_of(router_logits_TE.detach(), self.score).amax(-1, keepdim=True).expand(-1, top_k)
+        elif self.policy == "random" and self.training:
+            priority_TK = torch.rand(num_tokens, top_k, device=top_k_index_TK.device)
+        else:
+            priority_TK = torch.zeros(num_tokens, top_k, device=top_k_index_TK.device)
+        # Stable sorts by keys of rising importance: priority, choice, then expert and group.
+        order_N = priority_TK.flatten().argsort(stable=True, descending=True)
+        is_by_choice = self.queues_by_choice and self.policy != "probability"
+        if is_by_choice or self.policy == "batch_prioritized":
+            choice_N = torch.arange(top_k, device=order_N.device).repeat(num_tokens)
+            order_N = order_N[choice_N[order_N].argsort(stable=True)]
+        queue_TK = top_k_index_TK + _group_of_tokens(num_tokens, num_groups, order_N.device) * (self.num_experts + 1)
+        queue_N = queue_TK.flatten()
+        order_N = order_N[queue_N[order_N].argsort(stable=True)]
+        lengths = queue_N.new_zeros(num_groups * (self.num_experts + 1)).scatter_add_(
+            0, queue_N, torch.ones_like(queue_N)
+        )
+        starts = lengths.cumsum(0) - lengths
+        places_N = torch.arange(len(order_N), device=order_N.device) - starts[queue_N[order_N]]
+        return torch.empty_like(places_N).scatter_(0, order_N, places_N).view(num_tokens, top_k)
+
+
+def recycle(
+    index_TK: torch.Tensor, is_overflow_TK: torch.Tensor, room_BE: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """
+    Hunyuan-Large's recycling (https://huggingface.co/papers/2411.02265): slots that found no room go to experts of their group
+    that have some, each free place with the same probability; without room they stay dropped.
+
+    Args:
+        index_TK (`torch.Tensor` of shape `(T, K)`): The experts of the slots that found room, E elsewhere.
+        is_overflow_TK (`torch.Tensor` of shape `(T, K)`): Which slots look for another expert.
+        room_BE (`torch.Tensor` of shape `(B, E)`): How many slots an expert takes in a group.
+        num_groups (`int`): Number of groups B.
+
+    Returns:
+        `torch.Tensor` of shape `(T, K)`: The experts.
+    """
+    num_experts = room_BE.shape[-1]
+    index_BN, is_overflow_BN = index_TK.view(num_groups, -1), is_overflow_TK.reshape(num_groups, -1)
+    taken_BE = torch.zeros(num_groups, num_experts + 1, dtype=torch.long, device=index_TK.device)
+    taken_BE = taken_BE.scatter_add_(1, index_BN, torch.ones_like(index_BN))[:, :-1]
+    free_until_BE = (room_BE - taken_BE).clamp(min=0).cumsum(-1)
+    num_free_B1 = free_until_BE[:, -1:]
+    # A random order of the slots that look for room, at even steps through the free places from a random one on.
+    random_BN = torch.rand(index_BN.shape, device=index_TK.device).masked_fill(~is_overflow_BN, 2.0)
+    rank_BN = random_BN.argsort(dim=-1).argsort(dim=-1)
+    num_overflow_B1 = is_overflow_BN.sum(-1, keepdim=True)
+    step_B1 = (num_free_B1.double() / num_overflow_B1.clamp(min=1)).clamp(min=1.0)
+    offset_B1 = torch.rand(num_groups, 1, device=index_TK.device, dtype=torch.float64)
+    place_BN = ((rank_BN + offset_B1) * step_B1).floor().long()
+    place_BN = torch.where(step_B1 == 1.0, rank_BN, place_BN)
+    new_BN = torch.searchsorted(free_until_BE, place_BN, right=True)
+    finds_room_BN = is_overflow_BN & (place_BN < num_free_B1)
+    return torch.where(finds_room_BN, new_BN, index_BN).view_as(index_TK)
+
+
+def _group_of_tokens(num_tokens: int, num_groups: int, device: torch.device) -> torch.Tensor:
+    """`(T, 1)`: the group of every token."""
+    return torch.arange(num_groups, device=device).repeat_interleave(num_tokens // num_groups)[:, None]
