@@ -29,11 +29,11 @@ const colour = expert => expert < data.numExperts ? `hsl(${360 * expert / data.n
 function draw() {
   const chosen = data.choices[layer.value];
   tokens.forEach((token, place) => {
-    const experts = chosen[place];
-    token.style.background = colour(experts[0]);
+    const experts = chosen[place].filter(expert => expert >= 0 && expert < data.numExperts);
+    token.style.background = colour(experts[0] ?? data.numExperts);
     token.classList.toggle("second", experts.length > 1);
     token.style.setProperty("--second", colour(experts[1] ?? data.numExperts));
-    token.title = "experts " + experts.map(e => e < data.numExperts ? e : "none").join(", ");
+    token.title = experts.length ? "experts " + experts.join(", ") : "no expert";
   });
   document.getElementById("name").textContent = data.names[layer.value];
 }

@@ -78,8 +78,11 @@ def inspect(
     if out.mode == "json":
         out.dict(statistics.to_dict())
     else:
-        out.table([_row(name, layer) for name, layer in statistics.layers.items()])
-    mean = "  ".join(f"{name} {value:.3f}" for name, value in statistics.summary().items())
+        # What is the same in all layers is said once, below.
+        shows_slots = len({layer.experts_per_token for layer in statistics.layers.values()}) > 1
+        out.table([_row(name, layer, shows_slots) for name, layer in statistics.layers.items()])
+    means = statistics.summary() | {name: value for name, value in statistics.slot_summary().items() if value}
+    mean = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
     out.log(f"{sum(sequence.numel() for _, sequence in sequences):,} tokens; mean over layers: {mean}")
     title = f"{Path(model).name}: {', '.join(path.name for path in text)}"
     if output is not None:
@@ -105,12 +108,12 @@ def _write_page(network, tokenizer, sequence: "torch.Tensor", statistics, path: 
     import torch
 
     from ..token_page import routing_page
-    from ..training.router_replay import RouterReplay
+    from ..training.recorder import RoutingRecorder
 
-    with RouterReplay(network).record() as choices, torch.no_grad():
+    with RoutingRecorder(network, keep_choices=True) as recorder, torch.no_grad():
         network(sequence.to(network.device), logits_to_keep=1)
     num_experts = max(len(layer.counts) for layer in statistics.layers.values())
-    routing_page(tokenizer.batch_decode(sequence[0][:, None]), choices, num_experts, path, title)
+    routing_page(tokenizer.batch_decode(sequence[0][:, None]), recorder.choices(), num_experts, path, title)
 
 
 def _check_paths(model: str, texts: list[Path]) -> None:
@@ -146,16 +149,22 @@ def _check_card(model: str, card: bool, history: Path | None) -> "RoutingHistory
     return of_training
 
 
-def _row(name: str, layer: "LayerRouting") -> dict[str, str | int]:
+def _row(name: str, layer: "LayerRouting", shows_slots: bool) -> dict[str, str | int]:
     from ..training.statistics import layer_number
 
     load = layer.load.tolist()
+    slots = {"experts/token": f"{layer.experts_per_token:.2f}"} if shows_slots else {}
+    if layer.num_dropped:
+        slots["dropped"] = f"{layer.dropped_fraction:.1%}"
+    if layer.num_zero_computation_experts:
+        slots["no computation"] = f"{layer.zero_computation_fraction:.1%}"
     row: dict[str, str | int] = {
         "layer": layer_number(name),
         "entropy": f"{layer.entropy:.3f}",
         "max_violation": f"{layer.max_violation:.3f}",
         "cv": f"{layer.coefficient_of_variation:.3f}",
         "dead": len(layer.dead_experts),
+        **slots,
     }
     if len(load) <= 8:
         return row | {"load": " ".join(f"{share:.2f}" for share in load)}

@@ -58,6 +58,7 @@ class NoisyTopKRouter(MoeRouter):
     )
     score = "softmax"
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, *ZERO_EXPERT_OPTIONS)
+    has_noise = True
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models import losses
+from .balance_losses import balance_loss, sparsity_loss
+from .dropped_slots import DroppedSlots
 from .gradient_injection import add_gradient, loss_scale_of
 from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
@@ -30,6 +32,8 @@ DEFAULT_COEF = {
     "z": 1e-3,
     "entropy": 1e-4,
     "sparsity": 1e-8,
+    "squared_deviation": 1e-2,
+    "heterogeneous": 1e-2,
 }
 OWN_COEFS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight", "aux_loss_alpha", "router_z_loss_coef")
 ADAPTIVE_RATE, ADAPTIVE_DECAY = 0.2, 0.99  # Skywork-MoE's xi and beta
@@ -53,6 +57,8 @@ class LoadBalancer:
             | `"global_batch"` | the same, with the shares of the whole optimizer step, over all ranks; for micro-batches other than the one at hand as they were in the step before | 1 | [Qwen](https://huggingface.co/papers/2501.11873) |
             | `"sequence"` | the same within every sequence | 1 | [DeepSeek-V3](https://huggingface.co/papers/2412.19437) |
             | `"device"` | the same for groups of consecutive experts | 1 | [DeepSeekMoE](https://huggingface.co/papers/2401.06066) |
+            | `"squared_deviation"` | squared distance of every expert's mean score from an even one | 0 | [Skywork-MoE](https://huggingface.co/papers/2406.06563) |
+            | `"heterogeneous"` | Switch's, with zero-computation experts counted `zero_expert_tau` times | | [MoE++](https://huggingface.co/papers/2410.07348) |
             | `"importance_load"` | variation of the routing weights and of a smooth load | 0 | [Shazeer](https://huggingface.co/papers/1701.06538) |
             | `"z"` | mean square of the logits' logsumexp | | [ST-MoE](https://huggingface.co/papers/2202.08906) |
             | `"entropy"` | entropy of a token's scores, for routers with a variable number of experts | 0 | [dynamic routing](https://huggingface.co/papers/2403.07652) |
@@ -63,10 +69,11 @@ class LoadBalancer:
         warmup_steps (`int`, *optional*, defaults to 0): Optimizer steps in which the coefficient rises from 0.
         decay_steps (`int`, *optional*): Optimizer steps after these in which it falls to 0; it stays if None.
         adaptive (`bool`, *optional*, defaults to `False`): Skywork-MoE's coefficient of each layer
-            (https://huggingface.co/papers/2406.06563): it follows the share of tokens beyond an even load, and `coef` is its bound
-            and start.
+            (https://huggingface.co/papers/2406.06563): it follows the share of tokens that found no room, or in a layer without a
+            capacity the share beyond an even load, and `coef` is its bound and start.
         num_devices (`int`, *optional*): For `"device"`, into how many groups the experts are divided.
-        noise_std (`float`, *optional*): For `"importance_load"`, the noise of the smooth load; `1 / num_experts` if None.
+        noise_std (`float`, *optional*): For `"importance_load"`, the noise of the smooth load; `1 / num_experts` if None. A router
+            that adds noise knows its own.
         score (`str`, *optional*): What the router makes of its logits, one of `"softmax"`, `"sigmoid"`, `"sqrtsoftplus"`, `"relu"`,
             `"identity"`. By default it is found out from the routing weights.
 
@@ -160,13 +167,14 @@ class LoadBalancer:
         """
         self.detach()
         self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
-        self._sum_counts, self._sum_values = RankSum(self._hooks), RankSum(self._hooks)
+        self._sum_counts, self._sum_values, self._sum_dropped = (RankSum(self._hooks) for _ in range(3))
         if loss_scale is None:
             steps = gradient_accumulation_steps if accelerator is None else accelerator.gradient_accumulation_steps
             loss_scale = loss_scale_of(accelerator, lambda: steps)
         self._loss_scale = loss_scale
         self._parameters = parameters_around(self._hooks.model, self._hooks.routers)
         self._counts: dict[str, torch.Tensor] = {}
+        self._dropped: dict[str, torch.Tensor] = {}  # slots that found no room
         self._num_added, self._num_arrived, self._was_checked = 0, 0, False
         is_trained = any(parameter.requires_grad for group in self._parameters.values() for parameter in group)
         if self.base_coef and not is_trained:
@@ -177,12 +185,17 @@ class LoadBalancer:
         if self.base_coef:
             _warn_of_own_loss(self._hooks.model, own_loss, is_trained)
         self._hooks.add(self._add_gradient, sees_recomputation=True)
+        self._drop_handles = (
+            DroppedSlots(self._hooks.model, self._hooks.routers).watch(self._add_dropped) if self.adaptive else []
+        )
         return self
 
     def detach(self) -> None:
         """Add no gradients any more."""
         if self._hooks is not None:
             self._hooks.remove(self._add_gradient)
+            for handle in self._drop_handles:
+                handle.remove()
             self._hooks = None
 
     @torch.no_grad()
@@ -198,11 +211,15 @@ class LoadBalancer:
         if self._needs_counts:
             self._window = self._sum_counts(self._counts)
             if self.adaptive:
-                self._coefs = {name: self._adapted_coef(name, window[:-2]) for name, window in self._window.items()}
+                dropped = self._sum_dropped(self._dropped)
+                self._coefs = {
+                    name: self._adapted_coef(name, window[:-2], dropped.get(name))
+                    for name, window in self._window.items()
+                }
             elif self.kind == "sparsity" and self._window:
                 self._coefs = self._coefs_for_sparsity()
         self._was_checked = self._was_checked or self._num_added > 0
-        self._counts, self._num_added, self._num_arrived = {}, 0, 0
+        self._counts, self._dropped, self._num_added, self._num_arrived = {}, {}, 0, 0
         self.num_steps += 1
         self._hooks.forget()
 
@@ -235,7 +252,7 @@ class LoadBalancer:
                 "training that goes on, in its order."
             )
         self.num_steps = state["num_steps"]
-        self._coefs = {name: torch.tensor(value) for name, value in state["coefs"].items()}
+        self._coefs = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["coefs"].items()}
         self._window = {name: torch.tensor(value) for name, value in state["window"].items()}
         if is_first_process():
             self._values = {name: torch.tensor(value) for name, value in state["values"].items()}
@@ -284,64 +301,13 @@ class LoadBalancer:
 
         inputs = [detached(value) for value in call.inputs]
         keyword_inputs = {name: detached(value) for name, value in call.keyword_inputs.items()}
-        return replace(call, output=call.router.module.forward(*inputs, **keyword_inputs))
+        return replace(call, inputs=tuple(inputs), output=call.router.module.forward(*inputs, **keyword_inputs))
 
     def _loss(self, call: RouterCall) -> torch.Tensor:
-        logits_TE, mask_T = call.logits_TE.float(), call.mask_T
-        num_experts = logits_TE.shape[-1]
         score = self.score or cast(RouterHooks, self._hooks).find_score(call)
-        if self.kind == "z":
-            if score == "identity":
-                raise ValueError(f"{call.name} returns no logits but probabilities, so that there is no z-loss.")
-            return losses.z_loss(logits_TE, mask_T)
         if self.kind == "sparsity":
-            if score != "relu":
-                raise ValueError(
-                    f"'sparsity' is for routers whose weights are the relu of their logits, and those of {call.name} are the "
-                    f"{score}. Their number of experts is fixed."
-                )
-            return losses.sparsity_loss(logits_TE.relu(), call.counts_E, self._top_k(call.name), mask_T)
-        if self.kind == "importance_load":
-            return self._importance_load_loss(call)
-        scores_TE = losses.scores_of(logits_TE, score)
-        if self.kind == "entropy":
-            return losses.entropy_loss(scores_TE, mask_T)
-        if self.kind == "sequence":
-            if call.batch_size is None:
-                raise ValueError(
-                    "The model was called without `input_ids` and `inputs_embeds`, so that sequences are unknown."
-                )
-            if call.is_packed:
-                raise ValueError(
-                    "The model was called with `position_ids` and no mask, as with packed or padding-free batches, in which sequences "
-                    "cannot be told apart here. Use kind='switch' or 'global_batch', or turn packing off."
-                )
-            if not call.sees_all_tokens:
-                raise ValueError(
-                    f"{call.name} sees a part of the tokens, so that sequences cannot be told apart there. Use kind='switch' or "
-                    "'global_batch'."
-                )
-            return losses.sequence_loss(scores_TE, call.top_k_index_TK, call.batch_size, mask_T)
-        if self.kind == "device":
-            if self.num_devices is None or num_experts % self.num_devices:
-                raise ValueError(
-                    f"{num_experts} experts cannot be divided into num_devices={self.num_devices} groups."
-                )
-            return losses.device_loss(scores_TE, call.counts_E, self.num_devices, mask_T)
-        return losses.switch_loss(scores_TE, self._counts_of_step(call), mask_T)
-
-    def _importance_load_loss(self, call: RouterCall) -> torch.Tensor:
-        logits_TE, index_TK = call.logits_TE.float(), call.top_k_index_TK
-        num_experts, top_k = logits_TE.shape[-1], index_TK.shape[-1]
-        weights_TK = call.router.top_k_weights(call.output)
-        if weights_TK is None:
-            raise ValueError(f"{call.name} does not return its routing weights, which 'importance_load' is about.")
-        weights_TE = logits_TE.new_zeros(len(logits_TE), num_experts + 1)
-        weights_TE = weights_TE.scatter(-1, index_TK, weights_TK.float())[:, :num_experts]
-        loss = losses.importance_loss(weights_TE, call.mask_T)
-        if top_k < num_experts:
-            loss = loss + losses.load_loss(logits_TE, top_k, self.noise_std or 1 / num_experts, call.mask_T)
-        return loss
+            return sparsity_loss(call, score, self._top_k(call.name))
+        return balance_loss(call, self.kind, score, self._counts_of_step(call), self.num_devices, self.noise_std)
 
     def _counts_of_step(self, call: RouterCall) -> torch.Tensor:
         """Of the tokens at hand; for the global batch with those of the step before for its other micro-batches."""
@@ -354,12 +320,20 @@ class LoadBalancer:
     def _needs_counts(self) -> bool:
         return self.adaptive or self.kind in ("global_batch", "sparsity")
 
-    def _adapted_coef(self, name: str, counts_E: torch.Tensor) -> torch.Tensor:
-        """Skywork-MoE's, with the share of slots beyond an even load for that of dropped tokens."""
-        coef = self._coefs.get(name, torch.tensor(self.base_coef)).to(counts_E.device)
-        shares_E = counts_E / counts_E.sum().clamp(min=1)
-        beyond = (shares_E - 1 / len(shares_E)).relu().sum()
-        return ADAPTIVE_DECAY * coef + (1 - ADAPTIVE_DECAY) * (ADAPTIVE_RATE * beyond).clamp(max=self.base_coef)
+    def _add_dropped(self, name: str, change: torch.Tensor, is_training: bool) -> None:
+        if is_training and cast(RouterHooks, self._hooks).has_gradient:
+            self._dropped[name] = self._dropped.get(name, 0) + change[-1:]
+
+    def _adapted_coef(self, name: str, counts_E: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+        """Skywork-MoE's; without a capacity with the share of slots beyond an even load for that of dropped ones."""
+        wide = torch.float32 if counts_E.device.type == "mps" else torch.float64
+        coef = self._coefs.get(name, torch.tensor(self.base_coef, dtype=torch.float64)).to(counts_E.device, wide)
+        counts_E = counts_E.to(wide)
+        if dropped is None:
+            rate = (counts_E / counts_E.sum().clamp(min=1) - 1 / len(counts_E)).relu().sum()
+        else:
+            rate = dropped[0].to(wide) / counts_E.sum().clamp(min=1)
+        return ADAPTIVE_DECAY * coef + (1 - ADAPTIVE_DECAY) * (ADAPTIVE_RATE * rate).clamp(max=self.base_coef)
 
     def _coefs_for_sparsity(self) -> dict[str, torch.Tensor]:
         """ReMoE's, one for all layers: up where experts are chosen more often than they should be, else down."""

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from .dropped_slots import DroppedSlots
 from .rank_sum import RankSum
 from .router_hooks import RouterCall, RouterHooks
 from .statistics import LayerRouting, RoutingStatistics
@@ -45,6 +47,8 @@ class RoutingRecorder:
         self._counts_pairs = coactivation
         self._hooks = RouterHooks(model)
         self.routers = self._hooks.routers
+        self._dropped_slots = DroppedSlots(model, self.routers)
+        self._handles: list[RemovableHandle] = []
         self._keep_choices = keep_choices
         self._is_recording = False
         self.reset()
@@ -53,16 +57,19 @@ class RoutingRecorder:
         if self._is_recording:
             raise RuntimeError("This recorder is recording already.")
         self._hooks.add(self._count)
+        self._handles = self._dropped_slots.watch(self._count_dropped)
         self._is_recording = True
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._hooks.remove(self._count)
+        for handle in self._handles:
+            handle.remove()
         self._is_recording = False
 
     def reset(self) -> None:
         """Forget what was counted."""
-        # Per router `(num_experts + 1,)`: the counts, and behind them the number of tokens.
+        # Per router `(num_experts + 2,)`: the counts, and behind them the numbers of dropped slots and of tokens.
         self._counts: dict[str, torch.Tensor] = {}
         self._together: dict[str, torch.Tensor] = {}
         # Per router the `(T, K)` choices of every pass.
@@ -84,8 +91,13 @@ class RoutingRecorder:
         self._check_has_run()
         layers = {}
         for name, counts_and_tokens in self._counts.items():
-            *counts, num_tokens = counts_and_tokens.tolist()
-            layers[name] = LayerRouting(torch.tensor(counts, dtype=torch.int64), num_tokens)
+            *counts, num_dropped, num_tokens = counts_and_tokens.tolist()
+            layers[name] = LayerRouting(
+                torch.tensor(counts, dtype=torch.int64),
+                num_tokens,
+                num_dropped,
+                self.routers[name].num_zero_computation_experts,
+            )
         return RoutingStatistics({name: layers[name] for name in self.routers if name in layers})
 
     def coactivation(self) -> dict[str, torch.Tensor]:
@@ -127,7 +139,8 @@ class RoutingRecorder:
     def _count(self, call: RouterCall) -> None:
         if call.is_recomputation:
             return
-        counts_and_tokens = torch.cat([call.counts_E, call.num_tokens.reshape(1)]).long()
+        dropped_and_tokens = torch.stack([torch.zeros_like(call.counts_E[0]), call.num_tokens.reshape(())])
+        counts_and_tokens = torch.cat([call.counts_E, dropped_and_tokens]).long()
         self._counts[call.name] = self._counts.get(call.name, 0) + counts_and_tokens
         if self._counts_pairs:
             index_TK, num_experts = call.top_k_index_TK, call.logits_TE.shape[-1]
@@ -138,6 +151,9 @@ class RoutingRecorder:
             self._together[call.name] = self._together.get(call.name, 0) + (is_chosen_TE.T @ is_chosen_TE).long()
         if self._keep_choices:
             self._choices[call.name].append(_sorted_choices(call).cpu())
+
+    def _count_dropped(self, name: str, change: torch.Tensor, is_training: bool) -> None:
+        self._counts[name][:-1] += change.long()
 
 
 def _sorted_choices(call: RouterCall) -> torch.Tensor:

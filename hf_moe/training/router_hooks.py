@@ -229,6 +229,11 @@ class RouterHooks:
                 router.module.register_forward_hook(self._router_hook(name, router), with_kwargs=True)
             )
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the model was called with gradients enabled in the pass that is running."""
+        return torch.is_grad_enabled() if self._calls.current is None else self._calls.current.has_gradient
+
     def remove(self, listener: Listener) -> None:
         """Remove a listener if it is still there, and the hooks with the last one."""
         self._listeners = [other for other in self._listeners if other != listener]

@@ -33,6 +33,14 @@ class Router(NamedTuple):
     logits_index: int
     top_k: int | None
 
+    @property
+    def num_zero_computation_experts(self) -> int:
+        """How many of the experts, the last ones, compute nothing."""
+        if isinstance(self.module, MoeRouter):
+            return self.module.num_zero_computation_experts
+        is_longcat = type(self.module).__name__ == "LongcatFlashTopkRouter"
+        return int(self.module.n_routed_experts) - int(self.module.num_experts) if is_longcat else 0
+
     def logits(self, output: Any) -> torch.Tensor:
         """`(T, E)` logits of an output."""
         logits = output[self.logits_index] if isinstance(output, tuple) else output

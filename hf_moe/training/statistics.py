@@ -4,7 +4,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,39 @@ class LayerRouting:
     Args:
         counts (`torch.Tensor` of shape `(num_experts,)`): Number of token slots each expert served.
         num_tokens (`int`): Number of tokens seen, padding left out.
+        num_dropped (`int`, *optional*, defaults to 0): Number of slots that found no room in the expert they were routed to.
+        num_zero_computation_experts (`int`, *optional*, defaults to 0): How many of the experts, the last ones, compute nothing.
     """
 
     counts: torch.Tensor
     num_tokens: int
+    num_dropped: int = 0
+    num_zero_computation_experts: int = 0
+
+    def __add__(self, other: "LayerRouting") -> "LayerRouting":
+        """The routing of both texts."""
+        return replace(
+            self,
+            counts=self.counts + other.counts,
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_dropped=self.num_dropped + other.num_dropped,
+        )
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of experts that served a token, those without computation included."""
+        return int(self.counts.sum()) / max(self.num_tokens, 1)
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Share of the slots that found no room."""
+        return self.num_dropped / max(int(self.counts.sum()) + self.num_dropped, 1)
+
+    @property
+    def zero_computation_fraction(self) -> float:
+        """Share of the served slots that went to experts that compute nothing."""
+        first = len(self.counts) - self.num_zero_computation_experts
+        return int(self.counts[first:].sum()) / max(int(self.counts.sum()), 1)
 
     @property
     def load(self) -> torch.Tensor:
@@ -80,8 +109,7 @@ class RoutingStatistics:
         layers = dict(first.layers)
         for other in others:
             for name, layer in other.layers.items():
-                before = layers.get(name, LayerRouting(torch.zeros_like(layer.counts), 0))
-                layers[name] = LayerRouting(before.counts + layer.counts, before.num_tokens + layer.num_tokens)
+                layers[name] = layers[name] + layer if name in layers else layer
         return cls(layers)
 
     def summary(self) -> dict[str, float]:
@@ -93,6 +121,15 @@ class RoutingStatistics:
             "max_violation": sum(layer.max_violation for layer in layers) / len(layers),
             "coefficient_of_variation": sum(layer.coefficient_of_variation for layer in layers) / len(layers),
             "dead_fraction": sum(len(layer.dead_experts) for layer in layers) / num_experts,
+        }
+
+    def slot_summary(self) -> dict[str, float]:
+        """Means over layers of what became of the tokens' slots."""
+        layers = list(self.layers.values())
+        return {
+            "experts_per_token": sum(layer.experts_per_token for layer in layers) / len(layers),
+            "dropped_fraction": sum(layer.dropped_fraction for layer in layers) / len(layers),
+            "zero_computation_fraction": sum(layer.zero_computation_fraction for layer in layers) / len(layers),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +145,9 @@ class RoutingStatistics:
                     "max_violation": layer.max_violation,
                     "coefficient_of_variation": layer.coefficient_of_variation,
                     "dead_experts": layer.dead_experts,
+                    "num_dropped": layer.num_dropped,
+                    "num_zero_computation_experts": layer.num_zero_computation_experts,
+                    "experts_per_token": layer.experts_per_token,
                 }
                 for name, layer in self.layers.items()
             },
@@ -118,7 +158,13 @@ class RoutingStatistics:
         """Statistics from what [`RoutingStatistics.to_dict`] gave."""
         return cls(
             {
-                name: LayerRouting(torch.tensor(layer["counts"], dtype=torch.int64), layer["num_tokens"])
+                name: LayerRouting(
+                    torch.tensor(layer["counts"], dtype=torch.int64),
+                    layer["num_tokens"],
+                    # Files from before there were capacities do not have these.
+                    layer.get("num_dropped", 0),
+                    layer.get("num_zero_computation_experts", 0),
+                )
                 for name, layer in values["layers"].items()
             }
         )

@@ -11,10 +11,13 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..models import losses
+from ..models.routers import MoeRouter
+from .dropped_slots import DroppedSlots
 from .history import RoutingHistory
 from .moe_callback import Attachment, MoeCallback
 from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
+from .routers import Router
 from .statistics import LayerRouting, RoutingStatistics, layer_number
 
 
@@ -34,6 +37,9 @@ class RouterStatisticsCallback(MoeCallback):
     | `moe/max_violation` | `load_max_mean - 1` |
     | `moe/entropy` | entropy of the load by its maximum |
     | `moe/dead_frac` | share of experts without a token |
+    | `moe/experts_per_token` | mean number of experts that served a token, if that varies |
+    | `moe/dropped_frac` | share of the slots that found no room, with a capacity |
+    | `moe/zero_computation_frac` | share of the slots that went to experts without computation, if there are any |
     | `moe/aux_loss` | Switch's balance loss, 1 if balanced, of the steps that are logged |
     | `moe/z_loss` | mean square of the logits' logsumexp, of the steps that are logged |
 
@@ -60,24 +66,30 @@ class RouterStatisticsCallback(MoeCallback):
         super().__init__(per_layer=per_layer, folder=self.folder)
 
     def reset(self) -> None:
-        # Per router: slots of each expert, number of tokens, passes with logits that are not finite; sums of losses, their number.
+        # Per router: slots of each expert, number of tokens, passes with logits that are not finite, dropped slots; sums of losses,
+        # their number; what capacities change about the slots.
         self._counts: dict[str, torch.Tensor] = {}
         self._losses: dict[str, torch.Tensor] = {}
         self._pending: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        self._changes: dict[str, torch.Tensor] = {}
 
     def begin(self, model: nn.Module, attachment: Attachment) -> None:
         self._hooks = attachment.hooks(model)
         self._sum_counts, self._sum_losses = RankSum(self._hooks, torch.int64), RankSum(self._hooks)
         self._unknown: set[str] = set()
+        self._has_capacity: set[str] = set()
         self._sees_losses, self._step = True, attachment.trainer.state.global_step
         if self.folder is not None and attachment.trainer.is_world_process_zero():
             RoutingHistory.begin(self.folder, self._step)
         self._hooks.add(self._add)
+        self._handles = DroppedSlots(model, self._hooks.routers).watch(self._add_change)
 
     def end(self) -> None:
         if self._hooks is not None:
             self._hooks.remove(self._add)
             self._hooks = None
+            for handle in self._handles:
+                handle.remove()
 
     def on_step_begin(self, args, state, control, **kwargs):
         is_first = state.global_step == 0 and args.logging_first_step
@@ -114,16 +126,23 @@ class RouterStatisticsCallback(MoeCallback):
         values = {name: of for name, tensor in counts.items() if any(of := tensor.tolist())}
         if not values:
             return {}
-        if broken := [name for name, of_layer in values.items() if of_layer[-1]]:
+        if broken := [name for name, of_layer in values.items() if of_layer[-2]]:
             logger.warning(
                 f"Before step {self._step} the logits of {broken[0]}{f' and {len(broken) - 1} other routers' if broken[1:] else ''} were NaN "
                 "or infinite. Lower the learning rate, or look at what goes into that layer."
             )
-        layers = {name: LayerRouting(torch.tensor(of[:-2]), of[-2]) for name, of in values.items()}
+        routers = cast(RouterHooks, self._hooks).routers
+        layers = {
+            name: LayerRouting(torch.tensor(of[:-3]), of[-3], of[-1], routers[name].num_zero_computation_experts)
+            for name, of in values.items()
+        }
         statistics = RoutingStatistics(layers)
         if self.folder is not None and is_first_process():
             RoutingHistory.append(self.folder, self._step, statistics)
-        rows = {name: _row(layer, sums.get(name)) for name, layer in layers.items()}
+        rows = {
+            name: _row(layer, sums.get(name)) | _row_of_slots(layer, routers[name], name in self._has_capacity)
+            for name, layer in layers.items()
+        }
         found = {key for row in rows.values() for key in row}
         metrics = {key: fmean(row[key] for row in rows.values() if key in row) for key in sorted(found)}
         if self.per_layer:
@@ -139,9 +158,14 @@ class RouterStatisticsCallback(MoeCallback):
         for name, passes in self._pending.items():
             counts, tokens, sums = (torch.stack(values) for values in zip(*passes, strict=True))
             num_broken = (~sums.isfinite()).sum()
-            added = torch.cat([counts.sum(0), torch.stack([tokens.sum(), num_broken.to(tokens)])]).long()
+            others = [tokens.sum(), num_broken.to(tokens), torch.zeros_like(tokens[0])]
+            added = torch.cat([counts.sum(0), torch.stack(others)]).long()
             self._counts[name] = added + self._counts.get(name, torch.zeros_like(added)).to(added.device)
         self._pending = {}
+        for name, change in self._changes.items():
+            added = torch.cat([change[:-1], torch.zeros_like(change[:2]), change[-1:]]).long()
+            self._counts[name] = self._counts[name] + added
+        self._changes = {}
 
     @torch.no_grad()
     def _add(self, call: RouterCall) -> None:
@@ -149,7 +173,8 @@ class RouterStatisticsCallback(MoeCallback):
             return
         name, logits_TE = call.name, call.logits_TE.float()
         pending = self._pending.setdefault(name, [])
-        pending.append((call.counts_E, call.num_tokens, logits_TE.sum()))
+        # The experts of other modalities have a logit of -inf.
+        pending.append((call.counts_E, call.num_tokens, logits_TE.masked_fill(logits_TE == -torch.inf, 0.0).sum()))
         if len(pending) >= MAX_PENDING:
             self._add_pending()
         if not self._sees_losses:
@@ -166,6 +191,11 @@ class RouterStatisticsCallback(MoeCallback):
         has_z = score != "identity"
         sums = torch.stack([balance, z * has_z, one * bool(score), one * has_z])
         self._losses[name] = self._losses.get(name, torch.zeros_like(sums)).to(sums.device) + sums
+
+    def _add_change(self, name: str, change: torch.Tensor, is_training: bool) -> None:
+        if is_training and cast(RouterHooks, self._hooks).has_gradient:
+            self._has_capacity.add(name)
+            self._changes[name] = self._changes.get(name, 0) + change
 
     def _find_score(self, call: RouterCall) -> str | None:
         if call.name in self._unknown:
@@ -189,6 +219,16 @@ def _row(layer: LayerRouting, sums: torch.Tensor | None) -> dict[str, float]:
     balance, z, num_balance, num_z = [0.0] * 4 if sums is None else sums.tolist()
     row |= {"aux_loss": balance / num_balance} if num_balance else {}
     return row | ({"z_loss": z / num_z} if num_z else {})
+
+
+def _row_of_slots(layer: LayerRouting, router: Router, has_capacity: bool) -> dict[str, float]:
+    """What differs only where slots can be empty."""
+    row = {"dropped_frac": layer.dropped_fraction} if has_capacity else {}
+    if has_capacity or isinstance(router.module, MoeRouter) and router.module.leaves_slots_empty:
+        row["experts_per_token"] = layer.experts_per_token
+    if layer.num_zero_computation_experts:
+        row["zero_computation_frac"] = layer.zero_computation_fraction
+    return row
 
 
 def _draw(folder: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from conftest import moe_config, randomize
 from transformers import PreTrainedConfig
 
+from hf_moe import MoeLlamaForCausalLM
 from hf_moe.models.modeling_moe import MoeSparseBlock
 from hf_moe.models.routers import ROUTERS, MoeRouter
 
@@ -81,3 +82,21 @@ def build_block(config: PreTrainedConfig, seed: int = 0) -> MoeSparseBlock:
     block.gate.init_weights(0.2)
     randomize(block, seed)
     return block.eval()
+
+
+def build_model(case: str, **values) -> MoeLlamaForCausalLM:
+    torch.manual_seed(0)
+    made = MoeLlamaForCausalLM(router_config(case, **values))
+    randomize(made)
+    return made.eval()
+
+
+def with_routing_inputs(batch: dict[str, torch.Tensor], made: MoeLlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """The batch, and what the model's routers ask for."""
+    more = {}
+    if made.config.num_experts_per_modality:
+        more["mm_token_type_ids"] = (batch["input_ids"] % 2).long()
+    if made.config.num_hash_domains > 1:
+        more["domain_ids"] = torch.arange(len(batch["input_ids"])) % 2
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return {**batch, **more, "position_ids": positions}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each router beside closed forms and loops; what all have in common is in `test_every_router.py`."""
+"""Each router beside closed forms and loops; what all have in common is in `test_router_universals.py`."""
 
 import pytest
 import torch

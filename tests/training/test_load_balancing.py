@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
-from conftest import TINY, assert_close, moe_config
+from conftest import TINY, assert_close, moe_config, moe_model
 from guide_tables import TABLES, place
 from peft import LoraConfig, get_peft_model
 from router_gradients import KINDS, MODELS, SETTINGS, injected_gradients, native_gradient, rows, trainable
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from hf_moe import LoadBalancer, LoadBalancingCallback, add_moe_callbacks
-from hf_moe.models.routers import MoeRouter
+from hf_moe.models.routers_sigmoid import ReluRouter
 from hf_moe.training.routers import find_routers
 
 
@@ -336,32 +336,79 @@ def test_the_adaptive_coefficient_follows_the_overflow():
         handle = model.get_submodule(router).register_forward_hook(lambda m, a, o, c=counted: c.append(o[2]))
         model(torch.stack([row["input_ids"] for row in rows()]))
         handle.remove()
-        shares = torch.bincount(counted[0].flatten(), minlength=4) / counted[0].numel()
-        overflow = sum(max(0.0, float(share) - 0.25) for share in shares)
+        shares = (torch.bincount(counted[0].flatten(), minlength=4).double() / counted[0].numel()).tolist()
+        overflow = sum(max(0.0, share - 0.25) for share in shares)
         balancer.step()
         expected = 0.99 * expected + 0.01 * min(0.2 * overflow, 0.01)
-        assert balancer.state_dict()["coefs"][router] == pytest.approx(expected, rel=1e-5)
+        assert balancer.state_dict()["coefs"][router] == pytest.approx(expected, rel=1e-12)
 
 
-class ReluRouter(MoeRouter):
-    """ReMoE's router: up to E experts, those with a positive logit."""
+def test_the_adaptive_coefficient_follows_what_is_dropped():
+    """In a layer with a capacity: the share of slots that the experts had no room for, counted where they get them."""
+    model = moe_model(
+        "llama", router_type="normalized_logits", capacity_policy="position", capacity_factor=0.6, min_capacity=1
+    ).train()
+    balancer = LoadBalancer("squared_deviation", 0.1, adaptive=True).attach(model)
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    routers, expected = list(find_routers(model)), [0.1] * 3
+    for _ in range(4):
+        seen = []
+        handles = [
+            layer.mlp.capacity.register_forward_hook(lambda m, args, out, seen=seen: seen.append(out[1]))
+            for layer in model.model.layers
+        ]
+        model(ids).logits.sum().backward()
+        for handle in handles:
+            handle.remove()
+        balancer.step()
+        for layer, index_TK in enumerate(seen):
+            dropped = (index_TK == 4).sum().item() / index_TK.numel()
+            assert dropped > 0.1
+            expected[layer] = 0.99 * expected[layer] + 0.01 * min(0.2 * dropped, 0.1)
+        coefs = balancer.state_dict()["coefs"]
+        assert [coefs[name] for name in routers] == pytest.approx(expected, rel=1e-12)
 
-    def __init__(self):
-        super().__init__(moe_config("llama", hidden_size=16), num_experts=8)
-        self.weight = nn.Parameter(torch.randn(8, 16) * 0.3)
 
-    def forward(self, hidden_states):
-        logits = hidden_states @ self.weight.T
-        weights, index = logits.relu().sort(-1, descending=True)
-        return logits, weights, index.masked_fill(weights == 0, len(self.weight))
+@pytest.mark.parametrize("kind", ["squared_deviation", "heterogeneous", "importance_load"])
+def test_the_gradient_is_that_of_the_models_own_loss(kind):
+    """Beside the loss that the model adds itself."""
+    options = {
+        "squared_deviation": {"router_type": "normalized_logits"},
+        "heterogeneous": {"num_copy_experts": 1, "num_zero_experts": 1},
+        "importance_load": {"router_type": "noisy_topk"},
+    }[kind]
+    gradients = []
+    for is_own in (True, False):
+        model = moe_model("llama", router_aux_loss_coef=0.3 if is_own else 0.0, **options).train()
+        batch = {name: torch.stack([row[name] for row in rows()[:2]]) for name in ("input_ids", "attention_mask")}
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        if not is_own:
+            balancer = LoadBalancer(kind, coef=0.3 / 3).attach(
+                model
+            )  # which adds the layers, where the model takes their mean
+        torch.manual_seed(0)
+        model(**batch, output_router_logits=is_own).loss.backward()
+        gradients.append(torch.stack([router.module.weight.grad for router in find_routers(model).values()]))
+    balancer.detach()
+    assert gradients[0].abs().max() > 0
+    assert_close(gradients[1], gradients[0], 1e-5)
+
+
+def test_heterogeneous_needs_zero_computation_experts():
+    model = moe_model("llama").train()
+    LoadBalancer("heterogeneous").attach(model)
+    with pytest.raises(ValueError, match="which model.layers.0.mlp.gate has not. Use kind='switch'"):
+        model(torch.ones(1, 3, dtype=torch.long))
 
 
 def test_sparsity_comes_to_its_target():
     """ReMoE's controller: from half of the experts to a quarter of them, within 2 %."""
     torch.manual_seed(0)
     inputs = torch.cat([torch.randn(512, 15), torch.ones(512, 1)], dim=1)  # the last one makes a bias
-    model = router_model(ReluRouter())
-    balancer = LoadBalancer("sparsity", 1e-4, score="relu").attach(model)
+    router = ReluRouter(moe_config("llama", hidden_size=16, num_experts=8, router_type="relu"), num_experts=8)
+    torch.nn.init.normal_(router.weight, std=0.3)
+    model = router_model(router)
+    balancer = LoadBalancer("sparsity", 1e-4).attach(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     sparsity = []
     for _ in range(400):

@@ -6,10 +6,18 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import assert_close, randomize
-from router_cases import ALL_CASES, NUM_EXPERTS, ROUTER_CASES, build_block, build_router, router_config
+from conftest import assert_close
+from router_cases import (
+    ALL_CASES,
+    NUM_EXPERTS,
+    ROUTER_CASES,
+    build_block,
+    build_model,
+    build_router,
+    router_config,
+    with_routing_inputs,
+)
 
-from hf_moe import MoeLlamaForCausalLM
 from hf_moe.models.routers import ROUTERS, MoeRouter
 from hf_moe.models.routing_context import RoutingContext, Tokens
 
@@ -240,27 +248,9 @@ def test_training_differs_only_where_the_contract_says_so(case):
         assert is_same == is_deterministic_in_training(case)
 
 
-def model(case: str, **values) -> MoeLlamaForCausalLM:
-    torch.manual_seed(0)
-    made = MoeLlamaForCausalLM(router_config(case, **values))
-    randomize(made)
-    return made.eval()
-
-
-def inputs(batch: dict[str, torch.Tensor], made: MoeLlamaForCausalLM) -> dict[str, torch.Tensor]:
-    """The batch, and what the model's routers ask for."""
-    more = {}
-    if made.config.num_experts_per_modality:
-        more["mm_token_type_ids"] = (batch["input_ids"] % 2).long()
-    if made.config.num_hash_domains > 1:
-        more["domain_ids"] = torch.arange(len(batch["input_ids"])) % 2
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return {**batch, **more, "position_ids": positions}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_saved_and_loaded_bit_by_bit(case, dtype, tmp_path, batch):
-    made = model(case)
+    made = build_model(case)
     made.save_pretrained(tmp_path / "first")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=dtype)
     loaded.save_pretrained(tmp_path / "second")
@@ -274,7 +264,7 @@ def test_saved_and_loaded_bit_by_bit(case, dtype, tmp_path, batch):
         assert values[name].dtype == expected.dtype, name
         assert torch.equal(others[name], expected), name
     if dtype == torch.float32:
-        given = inputs(batch, made)
+        given = with_routing_inputs(batch, made)
         # Where a tensor lies in memory can decide about the last bit of a product.
         assert_close(loaded(**given).logits, made(**given).logits, 1e-6)
         assert_close(again(**given).logits, made(**given).logits, 1e-6)
@@ -283,13 +273,13 @@ def test_saved_and_loaded_bit_by_bit(case, dtype, tmp_path, batch):
 @pytest.mark.parametrize("is_training", [False, True])
 def test_padding_influences_nothing(case, is_training, batch):
     """Neither what stands in it nor that it is there, in outputs and in the balance loss."""
-    made = model(case).train(is_training)
+    made = build_model(case).train(is_training)
     is_token = batch["attention_mask"].bool()
     other = {**batch, "input_ids": batch["input_ids"].masked_fill(~is_token, 77)}
 
     def run_model(given):
         torch.manual_seed(0)
-        return made(**inputs(given, made), output_router_logits=True)
+        return made(**with_routing_inputs(given, made), output_router_logits=True)
 
     first, second = run_model(batch), run_model(other)
     assert_close(second.logits[is_token], first.logits[is_token], 1e-6)
@@ -304,22 +294,22 @@ def test_padding_influences_nothing(case, is_training, batch):
 
 
 def test_an_all_padding_row_and_a_single_token(case, batch):
-    made = model(case).train()
+    made = build_model(case).train()
     batch["attention_mask"][0] = 0
-    output = made(**inputs(batch, made), output_router_logits=True)
+    output = made(**with_routing_inputs(batch, made), output_router_logits=True)
     output.loss.backward()
     assert output.logits.isfinite().all()
     assert output.loss.isfinite()
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in made.parameters())
     one = {name: value[1:, -1:] for name, value in batch.items()}
-    assert made.eval()(**inputs(one, made)).logits.isfinite().all()
+    assert made.eval()(**with_routing_inputs(one, made)).logits.isfinite().all()
 
 
 def test_nothing_but_padding(case):
-    made = model(case).train()
+    made = build_model(case).train()
     ids = torch.zeros(2, 5, dtype=torch.long)
     given = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
-    output = made(**inputs(given, made), output_router_logits=True)
+    output = made(**with_routing_inputs(given, made), output_router_logits=True)
     assert output.logits.isfinite().all()
     assert output.aux_loss.isfinite() or made.config.uses_mixtral_balance_loss  # that is transformers' own
     output.logits.sum().backward()
@@ -343,10 +333,10 @@ def test_an_expert_without_a_token(case):
 def test_experts_implementations_agree(case, batch):
     results = []
     for implementation in ("eager", "batched_mm", "grouped_mm"):
-        made = model(case)
+        made = build_model(case)
         made.set_experts_implementation(implementation)
         made.train(case in DROPPING)
-        output = made(**inputs(batch, made))
+        output = made(**with_routing_inputs(batch, made))
         output.loss.backward()
         results.append((output.logits, {name: parameter.grad for name, parameter in made.named_parameters()}))
     for logits, gradients in results[1:]:
@@ -361,11 +351,11 @@ def test_experts_implementations_agree(case, batch):
 def test_gradient_checkpointing_changes_nothing(case, use_reentrant, batch):
     gradients = []
     for checkpointing in (False, True):
-        made = model(case).train()
+        made = build_model(case).train()
         if checkpointing:
             made.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         torch.manual_seed(3)
-        output = made(**inputs(batch, made))
+        output = made(**with_routing_inputs(batch, made))
         if checkpointing and use_reentrant and made.config.router_residual:
             with pytest.raises(ValueError, match="use_reentrant"):
                 output.loss.backward()
@@ -378,11 +368,11 @@ def test_gradient_checkpointing_changes_nothing(case, use_reentrant, batch):
 
 
 def test_the_balance_loss_is_in_the_loss(case, batch):
-    made = model(case, router_aux_loss_coef=0.5).train()
+    made = build_model(case, router_aux_loss_coef=0.5).train()
     if not made.config.router_class.has_balance_loss:
-        assert made(**inputs(batch, made), output_router_logits=True).aux_loss == 0
+        assert made(**with_routing_inputs(batch, made), output_router_logits=True).aux_loss == 0
         return
-    with_balance = made(**inputs(batch, made), output_router_logits=True)
+    with_balance = made(**with_routing_inputs(batch, made), output_router_logits=True)
     assert len(with_balance.router_logits) == 3
     of_language = made.loss_function(with_balance.logits, batch["labels"], vocab_size=VOCABULARY)
     assert_close(with_balance.loss, of_language + 0.5 * with_balance.aux_loss, 1e-5)
@@ -402,8 +392,8 @@ COMPILED = [
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name, batch):
-    made = model(name)
-    given = inputs(batch, made)
+    made = build_model(name)
+    given = with_routing_inputs(batch, made)
     expected = made(**given).logits
     made.set_experts_implementation("batched_mm")
     torch.compiler.reset()
@@ -414,13 +404,13 @@ def test_compiled(name, batch):
 def test_generation_with_a_cache_is_a_full_pass(case, batch):
     if ALL_CASES[case]["router_type"] == "expert_choice":
         return  # which sees later tokens, and is refused for this reason
-    made = model(case)
-    given = inputs(batch, made)
+    made = build_model(case)
+    given = with_routing_inputs(batch, made)
     given.pop("labels"), given.pop("position_ids")
     ids = made.generate(**given, max_new_tokens=4, do_sample=False, pad_token_id=0)
     mask = torch.nn.functional.pad(given["attention_mask"], (0, ids.shape[1] - 11), value=1)
     whole = {"input_ids": ids, "attention_mask": mask}
-    whole = inputs(whole, made)
+    whole = with_routing_inputs(whole, made)
     if made.config.num_experts_per_modality:
         whole["mm_token_type_ids"][:, 11:] = 0  # what is generated is text
     logits = made(**whole).logits
@@ -442,10 +432,10 @@ def test_router_alone_needs_no_block(case):
 
 def test_models_are_copied_and_pickled(tmp_path, batch):
     """Their layers have a class of their own, which has no name to be found by."""
-    made = model("capacity by position")
-    expected = made(**inputs(batch, made)).logits
+    made = build_model("capacity by position")
+    expected = made(**with_routing_inputs(batch, made)).logits
     torch.save(made, tmp_path / "model.pt")
     for other in (copy.deepcopy(made), torch.load(tmp_path / "model.pt", weights_only=False)):
-        assert torch.equal(other(**inputs(batch, other)).logits, expected)
+        assert torch.equal(other(**with_routing_inputs(batch, other)).logits, expected)
         assert type(other.model.layers[0]) is type(made.model.layers[0])
         assert other.model.layers[0].mlp.capacity is not made.model.layers[0].mlp.capacity
