@@ -48,6 +48,7 @@ class HashRouter(MoeRouter):
     score = "identity"
     options = ("num_hash_domains",)
     requires = ("input_ids_T", "domain_T")
+    has_rows = False
     has_balance_loss = False
 
     def __init__(self, config, num_experts: int):

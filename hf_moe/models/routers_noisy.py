@@ -57,6 +57,7 @@ class NoisyTopKRouter(MoeRouter):
         use_when="routers that should look around by themselves, in particular such as start without a preference",
     )
     score = "softmax"
+    ranks_all_experts = True
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, *ZERO_EXPERT_OPTIONS)
     has_noise = True
 
@@ -125,6 +126,7 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
         use_when="hundreds of experts and more",
     )
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, "n_group", "topk_group")
+    ranks_all_experts = False
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)

@@ -38,6 +38,7 @@ class SigmoidTopKRouter(MoeRouter):
         use_when="many small experts, balanced by the bias rather than a loss; groups bound how many devices a token visits",
     )
     score = "sigmoid"
+    ranks_all_experts = True
     options = (
         *CAPACITY_OPTIONS,
         *ZERO_EXPERT_OPTIONS,

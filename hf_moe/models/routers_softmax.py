@@ -49,6 +49,7 @@ class SoftRouter(MoeRouter):
         use_when="a reference for sparse routers, or a few small experts that shall all learn from every token",
     )
     score = "softmax"
+    ranks_all_experts = True
     options: tuple[str, ...] = (*ZERO_EXPERT_OPTIONS, "router_residual", "num_experts_per_modality")
     has_balance_loss = False
 
@@ -81,6 +82,7 @@ class SoftmaxTopKRouter(MoeRouter):
         use_when="the default; with `norm_topk_prob` upcycling by copies is exact",
     )
     score = "softmax"
+    ranks_all_experts = True
     options: tuple[str, ...] = (
         *CAPACITY_OPTIONS,
         *ZERO_EXPERT_OPTIONS,
@@ -141,6 +143,7 @@ class ModalityRouter(SoftmaxTopKRouter):
     )
     options = tuple(option for option in SoftmaxTopKRouter.options if option not in ("n_group", "topk_group"))
     requires = ("modality_T",)
+    ranks_all_experts = False
     has_mixtral_loss = False
 
     @staticmethod

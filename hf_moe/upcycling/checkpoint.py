@@ -126,8 +126,10 @@ class Checkpoint:
             dtype, shape = tensor.dtype, tensor.shape
         else:
             view = self._open(path).get_slice(on_disk)
-            dtype, shape = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()), view.get_shape()
-        if dtype not in SAFETENSORS_DTYPES.values():
+            types = SAFETENSORS_DTYPES | SAFETENSORS_TABLE_DTYPES
+            dtype, shape = types.get(view.get_dtype(), view.get_dtype()), view.get_shape()
+        is_table = on_disk.endswith(TABLES) and dtype in SAFETENSORS_TABLE_DTYPES.values()
+        if dtype not in SAFETENSORS_DTYPES.values() and not is_table:
             raise UpcycleError(
                 f"{path.name}: tensor {on_disk!r} is of type {dtype}. Upcycling reads {sorted(SAFETENSORS_DTYPES)}; a "
                 "quantized checkpoint must be dequantized first."
@@ -228,6 +230,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
 
 READ_CHUNK = 16 * 2**20
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Numbers of experts, in buffers of hf_moe's own.
+SAFETENSORS_TABLE_DTYPES = {"I32": torch.int32}
+TABLES = ("expert_of_token",)
 
 
 def read_config(source: str | Path, revision: str | None = None) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ streaming writer and the in-memory conversion run these steps, which is why thei
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,6 +25,7 @@ from .methods import build_sparse_layer
 from .plan import UpcyclePlan
 from .recipe import UpcycleConfig
 from .router_init import build_router
+from .routing import router_shapes, router_tensors
 from .target import RowsOf, SharedExpert
 from .targets import backbone_prefix, dense_class, find_family, layer_prefix, meta_model
 
@@ -34,6 +36,8 @@ TensorInfo = tuple[torch.dtype, tuple[int, ...]]
 # Constants that earlier releases of transformers saved with the weights.
 SAVED_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$")
 # Modules beside or behind the layers that one class of a family has and another has not.
+# Of hf_moe's classes: a small step would vanish in 16 bits.
+KEPT_IN_FLOAT32 = "e_score_correction_bias"
 HEADS = r"^(\w+\.)?(classifier|cls|embed_out|lm_head|multiple_choice_head|pooler|qa_outputs|score)\."
 
 
@@ -188,7 +192,20 @@ class _SparseStep:
         return f"{self.layer}{self.layout.block}.{self.layout.router}"
 
     def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if name.removeprefix(self.layer) in self.plan.target.float32 else dtype
+        local = name.removeprefix(self.layer)
+        if (own := self._own_router.get(name)) is not None and not own[0].is_floating_point:
+            return own[0]
+        is_float32 = local in self.plan.target.float32 or local.endswith(KEPT_IN_FLOAT32)
+        return torch.float32 if is_float32 else dtype
+
+    @cached_property
+    def _own_router(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Types and shapes of what routes in a block of hf_moe's; empty for a native class."""
+        if self.plan.target.native:
+            return {}
+        block = f"{self.layer}{self.layout.block}."
+        shapes = router_shapes(self.plan.config, self.context.num_experts)
+        return {f"{block}{name}": (dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
 
     def _added(self) -> dict[str, torch.Tensor]:
         if self.plan.target.added is None:
@@ -197,7 +214,9 @@ class _SparseStep:
 
     def _shapes(self, tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
         dense, num_experts = self.family.feed_forward.read(self.layer, tensors), self.context.num_experts
-        table: dict[str, tuple[int, ...]] = {self._router: (num_experts, dense.hidden_size)}
+        table: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape) in self._own_router.items()}
+        if self.plan.target.native:
+            table[self._router] = (num_experts, dense.hidden_size)
         table.update(self.layout.shapes(self.layer, num_experts, dense.take(slice(0, self.plan.sizes.expert))))
         shared = self.plan.target.shared_expert
         if shared is not None and (size := shared.size(self.plan.sizes)) is not None:
@@ -219,7 +238,11 @@ class _SparseStep:
     def _other_pieces(self, dense: FeedForward, sparse: SparseLayer, dtype: torch.dtype) -> Iterator[Piece]:
         router_input = self.family.router_input(self._read_backbone, self._layer_in_backbone, self.context.layer_index)
         router = build_router(router_input, self.plan.sizes.experts_per_copy, self.context)
-        yield Piece(self._router, 0, router.to(self._dtype(self._router, dtype)))
+        block, routing = f"{self.layer}{self.layout.block}.", {self.layout.router: router}
+        if not self.plan.target.native:
+            routing = router_tensors(self.plan.config, router, router_input, self.context)
+        for name, tensor in routing.items():
+            yield Piece(f"{block}{name}", 0, tensor.to(self._dtype(f"{block}{name}", dtype)))
         if self.plan.target.shared_expert is not None:
             yield from self._shared_expert_pieces(dense, sparse.shared_expert, self.plan.target.shared_expert)
         for name, tensor in self._added().items():

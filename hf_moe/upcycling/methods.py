@@ -19,6 +19,7 @@ import torch
 from .errors import UpcycleError
 from .feed_forward import FeedForward, LayerContext, LayerSizes, SparseLayer
 from .partition import partition_neurons
+from .routing import has_loud_zero_experts, ranks_all_experts, unsteady_because, weight_sum, weight_sum_at_zero
 from .scaling import scaling_rounds, with_whole_weight
 
 
@@ -112,14 +113,15 @@ def add_noise(tensor: torch.Tensor, std: torch.Tensor, generator: torch.Generato
 
 
 def _copy_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
-    if recipe.norm_topk_prob:
-        return None
-    if recipe.router_init != "zero":
-        return (
-            "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False); only a router of zeros is exact"
-        )
-    scales = {num_experts / recipe.num_experts_per_tok for num_experts in recipe.expert_counts}
-    return next((reason for scale in scales if (reason := scaling_rounds(recipe, scale, dtype, is_gated))), None)
+    sums = [weight_sum(recipe, count) for count in recipe.expert_counts]
+    if None in sums:
+        sums = [weight_sum_at_zero(recipe, count) for count in recipe.expert_counts]
+        if not all(sums):
+            return unsteady_because(recipe)
+        if recipe.router_init != "zero":
+            return f"{unsteady_because(recipe)}; only a router of zeros is exact"
+    reasons = (scaling_rounds(recipe, 1 / total, dtype, is_gated) for total in sums if total)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @upcycling_method(
@@ -140,6 +142,10 @@ def copy(dense: FeedForward, context: LayerContext) -> SparseLayer:
     return SparseLayer(expert=lambda expert_index: dense)
 
 
+def _residual_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
+    return "copy and constant experts add to the output" if has_loud_zero_experts(recipe) else None
+
+
 def _residual_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
     return LayerSizes(_shard_size(recipe, size), shared_expert=size)
 
@@ -147,7 +153,7 @@ def _residual_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> Lay
 @upcycling_method(
     "residual",
     cost="1 + E / G times the parameters and 1 + K / G times the operations of the feed-forward",
-    inexact_because=lambda recipe, dtype, is_gated: None,
+    inexact_because=_residual_is_inexact,
     sizes=_residual_sizes,
     noise_is_silent=True,
 )
@@ -174,13 +180,21 @@ def residual(dense: FeedForward, context: LayerContext) -> SparseLayer:
 
 
 def _granular_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
-    if not recipe.norm_topk_prob:
-        return "the weights of the chosen experts do not sum to 1 (norm_topk_prob=False)"
-    return scaling_rounds(recipe, recipe.granularity, dtype, is_gated)
+    sums = [weight_sum(recipe, count) for count in recipe.expert_counts]
+    if None in sums:
+        return unsteady_because(recipe)
+    reasons = (scaling_rounds(recipe, recipe.granularity / total, dtype, is_gated) for total in sums if total)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _granular_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:
     granularity = recipe.granularity
+    if not ranks_all_experts(recipe):
+        raise UpcycleError(
+            f"Method 'granular' gives the parts of a copy equal scores, so that a token gets all of them or none; router_type="
+            f"{recipe.router_type!r} with router_options={recipe.router_options} does not choose the largest scores of all experts. Use "
+            "another router, or 'copy' or 'residual'."
+        )
     for field, value in (("num_experts", num_experts), ("num_experts_per_tok", recipe.num_experts_per_tok)):
         if value % granularity:
             raise UpcycleError(
@@ -324,7 +338,10 @@ def _split_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: boo
         return "a token gets a part of the dense neurons only (split with num_experts_per_tok < num_experts)"
     if recipe.router_init != "zero":
         return "the experts are weighted unequally; with all of them chosen, router_init='zero' is exact"
-    return scaling_rounds(recipe, recipe.num_experts_per_tok, dtype, is_gated)
+    total = weight_sum_at_zero(recipe, recipe.expert_counts[0])
+    if total is None:
+        return unsteady_because(recipe)
+    return scaling_rounds(recipe, recipe.num_experts_per_tok / total, dtype, is_gated)
 
 
 def _split_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:

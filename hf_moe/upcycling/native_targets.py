@@ -235,6 +235,7 @@ GLM4_MOE = Target(
     config_values=_glm4_moe_values,
     num_experts_field="n_routed_experts",
     dense_layers=first_layers_dense,
+    router_type="sigmoid_topk",
     normalizes=True,
     shared_expert=SharedExpert(
         shared_expert_names("mlp.shared_experts"), "n_shared_experts", counted=True, required=True

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from ..models.routing_context import RoutingContext
+from ..training.recorder import RoutingRecorder
 from ..training.statistics import LayerRouting, RoutingStatistics
 from .errors import UpcycleError
 from .feed_forward import LayerSizes
 from .plan import UpcyclePlan
+from .routing import router_class
 from .sample import Sample, describe_sample
 from .streaming import Side, output_of, streamed_model
 from .target import Target
@@ -109,6 +112,7 @@ def compare(
         forced_experts (`list[int]`, *optional*): Every token goes to one of these experts, dealt out in turn, with weight 1.
     """
     inputs = sample.as_type(dtype)
+    apart = _routes_apart(plan)
     dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
     names = find_family(dense.checkpoint.config).feed_forward
     captured: dict[int, list[torch.Tensor]] = {}
@@ -129,24 +133,59 @@ def compare(
             blocks[0].experts.num_counted = sample.num_tokens
             if plan.exact:
                 blocks[0].experts.experts_per_copy = plan.sizes.experts_per_copy
-                blocks[0].experts.deal_from = sample.num_tokens if whole_model else 0
+                blocks[0].experts.deal_from = sample.num_tokens if whole_model and not apart else 0
             blocks[0].experts.forced_experts = forced_experts
-            if whole_model:
+            if whole_model and not apart:
                 _compare_on_the_way(blocks, block_input, block_output, errors, index)
             else:
+                blocks[0].routing = RoutingContext(**_routing_inputs(plan, inputs)) if apart else None
                 errors[str(index)] = _relative_error(sum(block(block_input) for block in blocks), block_output)
-                bar.update()
+                blocks[0].experts.deal_from = None
+                bar.update(0 if whole_model else 1)
         measured: dict[str, Any] = {"layers": errors}
         if whole_model:
             for layer in layers:
                 _advance_with(layer, bar)
-            measured |= compare_outputs(output_of(model(**inputs)), expected)
+            with RoutingRecorder(model) as recorder:
+                outputs = output_of(model(**inputs, **_domains(plan, inputs)))
+            measured |= compare_outputs(outputs, expected)
+            if apart:
+                return measured, _by_block(recorder.statistics())
     routing = {
         name.removesuffix(".experts"): LayerRouting(module.counts, sample.num_tokens)
         for name, module in model.named_modules()
         if hasattr(module, "counts")
     }
     return measured, RoutingStatistics(routing)
+
+
+def _routes_apart(plan: UpcyclePlan) -> bool:
+    """Whether what the experts of a block get is not the block's own tokens, one after the other."""
+    if plan.native:
+        return False
+    router = router_class(plan.config)
+    has_empty_slots = plan.config.has_capacity or plan.config.num_zero_computation_experts or router.has_variable_top_k
+    return bool(has_empty_slots or router.weighs_input or plan.config.routing_needs)
+
+
+def _routing_inputs(plan: UpcyclePlan, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What the model would tell its blocks about these inputs."""
+    return {
+        "input_ids": inputs.get("input_ids"),
+        "attention_mask": inputs.get("attention_mask"),
+        **_domains(plan, inputs),
+    }
+
+
+def _domains(plan: UpcyclePlan, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first domain for all texts, where a model has several."""
+    if plan.native or plan.config.num_hash_domains == 1:
+        return {}
+    return {"domain_ids": torch.zeros(len(inputs["input_ids"]), dtype=torch.long)}
+
+
+def _by_block(statistics: RoutingStatistics) -> RoutingStatistics:
+    return RoutingStatistics({name.removesuffix(".gate"): layer for name, layer in statistics.layers.items()})
 
 
 def _capture(first: torch.nn.Module, last: torch.nn.Module) -> list[torch.Tensor]:

@@ -145,6 +145,8 @@ def plan_upcycle(
     idle = idle_experts * expert.numel
     idle_weights = idle_experts * sum(tensor.numel() for tensor in expert[:3] if tensor is not None)
     dtype = dense_config.dtype or torch.float32
+    if isinstance(dtype, str):  # what `save_pretrained` leaves behind in the configuration of a model
+        dtype = getattr(torch, dtype)
     reason = inexact_because(recipe, dtype, dense.is_gated)
     misread_by = misreadings(target_config) if target.native else {}
     once_per_sequence = tuple(f"{module}." for module in family.once_per_sequence.get(head, ()))

@@ -10,11 +10,13 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..models.routers import ROUTERS
 from ..training.statistics import RoutingStatistics
 from .compose import BASE
 from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
+from .routing import ROUTER_OPTIONS, unsteady_because, weight_sum
 
 
 @strict
@@ -69,6 +71,12 @@ class UpcycleConfig:
             second layer, `":4"` for the first and `"-4:"` for the last four. All of them by default.
         norm_topk_prob (`bool`, *optional*, defaults to `True`):
             Whether the weights of the chosen experts are divided by their sum. `"copy"` is exact only then.
+        router_type (`str`, *optional*):
+            The router of the result, one of `hf_moe.models.routers.ROUTERS`. By default `"softmax_topk"`, or what a native class
+            has instead where it is as exact. `"copy"` is exact with those whose weights sum to one number, `"residual"` with all.
+        router_options (`dict`, *optional*):
+            Fields of the configuration that the router, the capacity and zero-computation experts read, see
+            [`~hf_moe.models.configuration_routing.RoutingConfigMixin`]: `{"capacity_factor": 2.0}`.
         router_init (`str`, *optional*, defaults to `"normal"`):
             How the router is initialised, see `hf_moe.upcycling.router_init`: `"normal"`, `"orthogonal"` or `"zero"`
             from the weights alone; `"kmeans"` from text, `"ridge"` and `"domain_embedding"` from one text per expert,
@@ -118,6 +126,8 @@ class UpcycleConfig:
     target: str = "auto"
     layers: list[int] | str | None = None
     norm_topk_prob: bool = True
+    router_type: str | None = None
+    router_options: dict[str, Any] | None = None
     router_init: str = "normal"
     router_logit_std: float | int = 1.0
     calibration_text: str | list[str] | None = None
@@ -134,13 +144,14 @@ class UpcycleConfig:
             self.num_experts = 8 if self.experts is None else len(self.experts)
 
     def validate_choices(self):
-        choices: dict[str, list[str]] = {
+        choices: dict[str, list[Any]] = {
             "method": sorted(METHODS),
             "target": ["auto", "native", "hf_moe"],
             "scale_on": ["up_down", "down", "megatron"],
             "index_sets": ["shared", "independent"],
             "split_by": ["random", "kmeans", "activation", "gradient"],
             "compose_rest": ["base", "mean"],
+            "router_type": [None, *sorted(ROUTERS)],
             "router_init": sorted(ROUTER_INITIALIZERS),
             "verify": ["full", "layers", "per_expert", "none"],
         }
@@ -205,6 +216,14 @@ class UpcycleConfig:
             raise ValueError(
                 f"`num_shared_neurons`={self.num_shared_neurons} needs a `split_by` that finds out which neurons most tokens "
                 f"use; {self.split_by!r} does not look at tokens."
+            )
+
+    def validate_router(self):
+        if unknown := sorted(set(self.router_options or {}) - set(ROUTER_OPTIONS)):
+            raise ValueError(f"`router_options` may have {ROUTER_OPTIONS}, got {unknown}.")
+        if self.router_type is not None and not ROUTERS[self.router_type].has_rows and self.router_init != "normal":
+            raise ValueError(
+                f"`router_init`={self.router_init!r} has no effect on router_type={self.router_type!r}, which has no weights to initialise."
             )
 
     def validate_noise(self):
@@ -284,10 +303,10 @@ class UpcycleConfig:
                 "Method 'compose' needs `experts`: folders or Hub ids, at least one of them another model than 'base' (the "
                 f"source), got {self.experts}."
             )
-        if not self.norm_topk_prob:
+        if not self.norm_topk_prob or weight_sum(self, len(self.experts)) != 1:
             raise ValueError(
-                "Method 'compose' needs `norm_topk_prob`: weights that do not sum to 1 would make each expert another model than "
-                "its checkpoint."
+                "Method 'compose' needs `norm_topk_prob` and a router whose weights sum to 1: others would make each expert another "
+                f"model than its checkpoint. Here {unsteady_because(self)}."
             )
         if self.num_experts != len(self.experts):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .feed_forward import FeedForward, LayerContext
+from .routing import weight_sum, weight_sum_at_zero
 
 
 if TYPE_CHECKING:
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 def with_whole_weight(dense: FeedForward, context: LayerContext, num_parts: int = 1) -> FeedForward:
     """
-    The feed-forward, made up for weights that do not sum to 1, since a router of zeros gives K experts K / E, and for being
-    cut into `num_parts` that each get one of these parts of a weight.
+    The feed-forward, made up for weights that do not sum to 1, and for being cut into `num_parts` that each get one of these
+    parts of a weight. Where the sum depends on the token, it is that of a router of zeros.
     """
     recipe = context.recipe
-    missing = 1 if recipe.norm_topk_prob else context.num_experts / recipe.num_experts_per_tok
+    total = weight_sum(recipe, context.num_experts) or weight_sum_at_zero(recipe, context.num_experts) or 1.0
+    missing = 1 / total
     return scale_output(dense, num_parts * missing, recipe.scale_on, bias_scale=missing)
 
 

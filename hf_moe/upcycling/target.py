@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .feed_forward import FeedForwardNames, LayerSizes
 from .layouts import FusedLayout, PerExpertLayout
+from .routing import DEFAULT_ROUTER
 
 
 # Width of a shared expert that the class insists on, where the recipe has none and the class lets it be of any size:
@@ -103,6 +104,7 @@ class Target:
         expert_size_field (`str`): Name of the field that holds the intermediate size of one expert.
         dense_layers (`Callable`, *optional*): From which layers are sparse to the fields that say so, or None if the class
             cannot have exactly these. Without it all layers are sparse.
+        router_type (`str`): What its router is, in the words of hf_moe's `ROUTERS`; ours can have any.
         normalizes (`bool`): Whether the weights of the chosen experts always sum to 1.
         shared_expert ([`SharedExpert`], *optional*): Its shared expert, if it can have one.
         mixed_layers (`bool`): Whether its layers can have different numbers of experts.
@@ -129,6 +131,7 @@ class Target:
     num_experts_field: str = "num_experts"
     expert_size_field: str = "moe_intermediate_size"
     dense_layers: Callable[[SparseLayers], dict[str, Any] | None] | None = None
+    router_type: str = DEFAULT_ROUTER
     normalizes: bool = False
     shared_expert: SharedExpert | None = None
     mixed_layers: bool = False

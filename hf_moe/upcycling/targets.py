@@ -24,6 +24,7 @@ from .errors import UpcycleError
 from .families import FAMILIES, Family
 from .feed_forward import FeedForward, LayerSizes
 from .recipe import UpcycleConfig, parse_layers
+from .routing import router_fields
 from .target import Target
 
 
@@ -186,6 +187,8 @@ def build_config(
         target.expert_size_field: sizes.expert,
         "num_experts_per_tok": recipe.num_experts_per_tok,
     }
+    if not target.native:
+        values |= copy.deepcopy(router_fields(recipe))
     for name, value in (
         ("norm_topk_prob", recipe.norm_topk_prob),
         ("router_aux_loss_coef", float(recipe.router_aux_loss_coef)),
@@ -250,6 +253,10 @@ def _refusal(
             return f"it has no shared expert, which method {recipe.method!r} needs"
         if (reason := target.shared_expert.refusal(sizes)) is not None:
             return reason
+    if recipe.router_type not in (None, target.router_type):
+        return f"its router is {target.router_type!r} (router_type={recipe.router_type!r} was asked for)"
+    if recipe.router_options:
+        return f"it has no router_options ({recipe.router_options} was asked for)"
     if not recipe.norm_topk_prob and target.normalizes:
         return "it always divides the weights of the chosen experts by their sum (norm_topk_prob=False was asked for)"
     sparse = [index in experts_in for index in range(dense_config.num_hidden_layers)]

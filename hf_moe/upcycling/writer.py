@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .checkpoint import READ_CHUNK, SAFETENSORS_DTYPES
+from .checkpoint import READ_CHUNK, SAFETENSORS_DTYPES, SAFETENSORS_TABLE_DTYPES
 from .convert import Step, TensorInfo, num_bytes
 from .errors import UpcycleError
 
@@ -27,7 +27,7 @@ from .errors import UpcycleError
 JOURNAL = ".upcycle-journal.jsonl"
 MIN_BACKGROUND_BYTES = 2**20
 WRITE_CHUNK = 2**17  # as `cp` does; larger ones can take Linux several times as long
-SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in (SAFETENSORS_DTYPES | SAFETENSORS_TABLE_DTYPES).items()}
 
 
 class ShardWriter:

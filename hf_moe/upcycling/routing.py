@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recipe's router means for a conversion: how its weights sum up, and which tensors it has besides its rows."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..models.configuration_routing import RoutingConfigMixin
+from ..models.routers import ROUTERS, MoeRouter
+from ..models.zero_experts import ZeroComputationExperts
+from .feed_forward import LayerContext
+from .router_init import RouterInput, normal
+
+
+if TYPE_CHECKING:
+    from .recipe import UpcycleConfig
+
+
+DEFAULT_ROUTER = "softmax_topk"
+# What a recipe may set of the router; the others are fields of the recipe itself.
+ROUTER_OPTIONS = sorted(
+    {field.name for field in dataclasses.fields(RoutingConfigMixin)} - {"router_type", "norm_topk_prob"}
+)
+
+
+def router_fields(recipe: "UpcycleConfig") -> dict[str, Any]:
+    """The fields of hf_moe's configurations that the recipe sets."""
+    router_type = recipe.router_type or DEFAULT_ROUTER
+    return {"router_type": router_type, "norm_topk_prob": recipe.norm_topk_prob, **(recipe.router_options or {})}
+
+
+def weight_sum(recipe: "UpcycleConfig", num_experts: int) -> float | None:
+    """What the weights of a token sum to whatever the router's rows are; None if that depends on the token."""
+    fields = _fields(recipe)
+    router = ROUTERS[fields.router_type]
+    if fields.num_zero_computation_experts or _drops(fields) or router.weighs_input:
+        return None
+    return router.weight_sum(fields, num_experts)
+
+
+def weight_sum_at_zero(recipe: "UpcycleConfig", num_experts: int) -> float | None:
+    """What they sum to with a router of zeros; None if experts cannot make up for it."""
+    fields = _fields(recipe)
+    router = ROUTERS[fields.router_type]
+    if fields.num_zero_computation_experts or _drops(fields) or router.weighs_input:
+        return None
+    return router.weight_sum_at_zero(fields, num_experts)
+
+
+def unsteady_because(recipe: "UpcycleConfig") -> str:
+    """Why the weights of a token do not sum to one number."""
+    fields = _fields(recipe)
+    if fields.num_zero_computation_experts:
+        return "tokens that go to zero-computation experts leave the feed-forwards out"
+    if _drops(fields):
+        return f"tokens beyond the capacity are left out (eval_capacity_factor={fields.eval_capacity_factor})"
+    if ROUTERS[fields.router_type].weighs_input:
+        return f"router_type={fields.router_type!r} multiplies what goes into the experts"
+    how = (
+        ""
+        if recipe.norm_topk_prob or "norm_topk_prob" not in ROUTERS[fields.router_type].options
+        else "norm_topk_prob=False, "
+    )
+    return f"the weights of the chosen experts do not sum to 1 ({how}router_type={fields.router_type!r})"
+
+
+def has_loud_zero_experts(recipe: "UpcycleConfig") -> bool:
+    """Whether there are zero-computation experts that give something."""
+    fields = _fields(recipe)
+    return bool(fields.num_constant_experts + fields.num_copy_experts)
+
+
+def ranks_all_experts(recipe: "UpcycleConfig") -> bool:
+    """Whether a token gets the experts with the K largest scores, so that experts of equal scores go together."""
+    fields = _fields(recipe)
+    return ROUTERS[fields.router_type].ranks_all_experts and fields.n_group == 1 and not fields.use_expert_bias
+
+
+def _fields(recipe: "UpcycleConfig") -> SimpleNamespace:
+    """What routers read of a configuration."""
+    defaults = {field.name: field.default for field in dataclasses.fields(RoutingConfigMixin)}
+    fields = SimpleNamespace(**{**defaults, **router_fields(recipe)}, num_experts_per_tok=recipe.num_experts_per_tok)
+    fields.num_zero_computation_experts = (
+        fields.num_constant_experts + fields.num_copy_experts + fields.num_zero_experts
+    )
+    return fields
+
+
+def _drops(fields: SimpleNamespace) -> bool:
+    """Whether tokens are dropped in evaluation."""
+    return fields.eval_capacity_factor is not None
+
+
+def router_class(config: PreTrainedConfig) -> type[MoeRouter]:
+    """The router's class of one of hf_moe's configurations."""
+    return ROUTERS[config.router_type]
+
+
+def router_shapes(config: PreTrainedConfig, num_experts: int) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """By name within the block: type, float32 standing for that of the weights, and shape of what routes in hf_moe's block."""
+    with torch.device("meta"):
+        modules = _modules(config, num_experts)
+    return {
+        f"{prefix}.{name}": (tensor.dtype, tensor.shape)
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def router_tensors(
+    config: PreTrainedConfig, rows: torch.Tensor, router_input: RouterInput, context: LayerContext
+) -> dict[str, torch.Tensor]:
+    """
+    The values of [`router_shapes`] in float32, integers excepted.
+
+    Args:
+        rows (`torch.Tensor` of shape `(E, H)`): The rows of the feed-forwards, from the recipe's `router_init`.
+        router_input (`RouterInput`): What the router will see.
+        context (`LayerContext`): The layer.
+    """
+    is_zero = context.recipe.router_init == "zero"
+    std = 0.0 if is_zero else context.recipe.router_logit_std / router_input.length
+    modules = _modules(config, context.num_experts)
+    seed = int(torch.randint(2**62, (), generator=context.generator(0, "router_tensors")))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in modules.values():
+            module.init_weights(std)
+    router = modules["gate"]
+    if router.weight is not None:
+        with torch.no_grad():
+            router.weight[: context.num_experts] = rows
+            num_others = len(router.weight) - context.num_experts
+            if num_others and not is_zero:
+                all_rows = normal(len(router.weight), router_input, context)
+                router.weight[context.num_experts :] = all_rows[context.num_experts :]
+            elif num_others:
+                router.weight[context.num_experts :] = 0
+    return {
+        f"{prefix}.{name}": tensor.detach()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _modules(config: PreTrainedConfig, num_experts: int) -> dict[str, Any]:
+    modules: dict[str, Any] = {"gate": router_class(config)(config, num_experts)}
+    if config.num_zero_computation_experts:
+        modules["zero_experts"] = ZeroComputationExperts(config, num_experts)
+    return modules
