@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.routers import ROUTERS
 from ..training.routers import TOP_K_FIELDS
 from ..upcycling.checkpoint import Checkpoint, is_finite
 from ..upcycling.convert import TensorInfo, in_memory_names
@@ -199,6 +200,12 @@ class MoeCheckpoint:
             raise UpcycleError(
                 f"{name} chooses among n_group={self.config.n_group} groups of neighbouring experts, which other numbers of "
                 "experts would shift. Such models can be collapsed, and experts extracted, only."
+            )
+        router_type = getattr(self.config, "router_type", None)
+        if router_type in ROUTERS and ROUTERS[router_type].divides_by_top_k:
+            raise UpcycleError(
+                f"{name} with router_type={router_type!r} divides its experts into as many groups as a token takes, which other "
+                "numbers of experts would shift. Such models can be collapsed, and experts extracted, only."
             )
         if top_k > min(counts.values()):
             raise UpcycleError(

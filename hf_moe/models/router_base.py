@@ -83,6 +83,7 @@ class MoeRouter(nn.Module, ABC):
     weighs_input = False  # whether the weight multiplies the expert's input and not its output
     has_variable_top_k = False  # whether K is an upper bound, of which most slots are empty
     jitters_block = True  # whether `router_jitter_noise` disturbs the experts' input too
+    divides_by_top_k = False  # whether it divides the experts into as many groups as a token gets experts
     has_rows = True  # whether it has a row of weights for every expert
     ranks_all_experts = False  # whether a token gets the K largest of all scores, if there are no groups
     has_noise = False  # whether training adds noise to the logits; then it has a `smooth_load_loss`

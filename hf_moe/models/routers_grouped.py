@@ -40,6 +40,7 @@ class PrototypesRouter(MoeRouter):
     )
     score = "softmax"
     options = CAPACITY_OPTIONS
+    divides_by_top_k = True
 
     @staticmethod
     def validate(config) -> None:

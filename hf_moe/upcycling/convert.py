@@ -240,7 +240,9 @@ class _SparseStep:
         router = build_router(router_input, self.plan.sizes.experts_per_copy, self.context)
         block, routing = f"{self.layer}{self.layout.block}.", {self.layout.router: router}
         if not self.plan.target.native:
-            routing = router_tensors(self.plan.config, router, router_input, self.context)
+            routing = router_tensors(
+                self.plan.config, router, router_input, self.context, self.plan.sizes.experts_per_copy
+            )
         for name, tensor in routing.items():
             yield Piece(f"{block}{name}", 0, tensor.to(self._dtype(f"{block}{name}", dtype)))
         if self.plan.target.shared_expert is not None:

@@ -205,7 +205,9 @@ class UpcycleConfig:
                 raise ValueError(
                     f"`{field}`={getattr(self, field)!r} has no effect on method {self.method!r}, only on {list(methods)}."
                 )
-        makes_up = self.method in ("granular", "split") or not self.norm_topk_prob
+        makes_up = self.method in ("granular", "split") or any(
+            weight_sum(self, count) != 1 for count in self.expert_counts
+        )
         if self.scale_on != "up_down" and not makes_up:
             raise ValueError(
                 f"`scale_on`={self.scale_on!r} has no effect: with weights that sum to 1, method {self.method!r} scales nothing."

@@ -111,7 +111,11 @@ def router_shapes(config: PreTrainedConfig, num_experts: int) -> dict[str, tuple
 
 
 def router_tensors(
-    config: PreTrainedConfig, rows: torch.Tensor, router_input: RouterInput, context: LayerContext
+    config: PreTrainedConfig,
+    rows: torch.Tensor,
+    router_input: RouterInput,
+    context: LayerContext,
+    experts_per_copy: int = 1,
 ) -> dict[str, torch.Tensor]:
     """
     The values of [`router_shapes`] in float32, integers excepted.
@@ -120,6 +124,8 @@ def router_tensors(
         rows (`torch.Tensor` of shape `(E, H)`): The rows of the feed-forwards, from the recipe's `router_init`.
         router_input (`RouterInput`): What the router will see.
         context (`LayerContext`): The layer.
+        experts_per_copy (`int`, *optional*, defaults to 1): So many experts in a row are the parts of one copy, which are to get
+            the same scores.
     """
     is_zero = context.recipe.router_init == "zero"
     std = 0.0 if is_zero else context.recipe.router_logit_std / router_input.length
@@ -130,6 +136,10 @@ def router_tensors(
         for module in modules.values():
             module.init_weights(std)
     router = modules["gate"]
+    with torch.no_grad():
+        for tensor in router.parameters():
+            if experts_per_copy > 1 and len(tensor) == context.num_experts:
+                tensor.copy_(tensor[::experts_per_copy].repeat_interleave(experts_per_copy, dim=0))
     if router.weight is not None:
         with torch.no_grad():
             router.weight[: context.num_experts] = rows

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every router as the result of an upcycling: promised exactness beside what the proof measures, and all tensors there."""
+
+import copy
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import assert_close, dense_model
+
+from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
+from hf_moe.models.routers import ROUTERS
+from hf_moe.upcycling.errors import UpcycleError
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from router_cases import ALL_CASES, NUM_EXPERTS, ROUTER_CASES
+
+
+# What `copy` promises with any router of the case's kind, and with one of zeros: 1 where weights sum to a number.
+COPY_IS_EXACT = {
+    "soft": (True, True),
+    "noisy_topk": (True, True),
+    "hierarchical_noisy_topk": (True, True),
+    "gshard": (True, True),
+    "switch": (False, True),
+    "softmax_topk": (True, True),
+    "sigmoid_topk": (True, True),
+    "llama4": (False, False),
+    "attention": (True, True),
+    "normalized_logits": (True, True),
+    "expert_choice": (False, False),
+    "top_p": (False, True),
+    "relu": (False, False),
+    "prototypes": (False, True),
+    "grouped": (False, True),
+    "hash": (True, None),
+    "modality": (True, True),
+    "hierarchical": (False, True),
+    "zero-computation experts": (False, False),
+    "a selection bias": (True, True),
+    "groups of DeepSeek-V2": (False, True),
+    "capacity by position": (True, True),
+    "capacity by probability": (True, True),
+    "capacity by batch priority": (True, True),
+    "capacity with zero-computation experts": (False, False),
+}
+LOUD = ("zero-computation experts", "capacity with zero-computation experts")  # which copy their input
+
+
+def recipe(case: str, **values) -> UpcycleConfig:
+    """A recipe for the router of a case."""
+    fields = {"num_experts_per_tok": 2, **copy.deepcopy(ALL_CASES[case])}
+    own = {
+        name: fields.pop(name) for name in ("router_type", "num_experts_per_tok", "norm_topk_prob") if name in fields
+    }
+    return UpcycleConfig(**{"num_experts": NUM_EXPERTS, "target": "hf_moe", **own, "router_options": fields, **values})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
+    folder = tmp_path_factory.mktemp("dense")
+    model = dense_model("llama")
+    model.save_pretrained(folder)
+    model.config.dtype = torch.float32
+    return model, folder
+
+
+def test_every_case_has_a_promise():
+    assert set(COPY_IS_EXACT) == set(ALL_CASES)
+
+
+@pytest.mark.parametrize("router_init", ["normal", "zero"])
+@pytest.mark.parametrize("method", ["copy", "residual"])
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_what_is_promised_is_measured(case, method, router_init, dense, tmp_path):
+    """The proof fails if a method that promises exactness misses it; one that does not must really differ."""
+    promise = COPY_IS_EXACT[case][router_init == "zero"] if method == "copy" else case not in LOUD
+    if ROUTERS[ALL_CASES[case]["router_type"]].has_rows is False and router_init == "zero":
+        with pytest.raises(Exception, match="has no weights to initialise"):
+            recipe(case, method=method, router_init=router_init)
+        return
+    config = recipe(case, method=method, router_init=router_init)
+    plan = plan_upcycle(dense[0].config, config)
+    assert plan.exact == promise
+    assert (plan.inexact_because is None) == promise
+    report = upcycle(dense[1], tmp_path / "moe", config, progress=False)
+    assert report.exact == promise
+    assert promise or report.max_relative_error > 1e-3
+    assert report.num_parameters == plan.num_parameters
+    assert report.routing is not None
+    for layer in report.routing.layers.values():
+        assert len(layer.counts) == NUM_EXPERTS + plan.config.num_zero_computation_experts
+        assert layer.num_tokens >= 256
+    if case in ROUTER_CASES and not ROUTERS[case].has_variable_top_k:
+        assert layer.experts_per_token == config.num_experts_per_tok
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_streamed_in_memory_and_loaded_are_equal(case, dense, tmp_path, caplog):
+    """Bit by bit, nothing missing, and what is random differs by layer."""
+    config = recipe(case)
+    upcycle(dense[1], tmp_path / "moe", config, progress=False)
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert "newly initialized" not in caplog.text
+    in_memory = upcycle_model(dense[0], config).state_dict()
+    assert loaded.state_dict().keys() == in_memory.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, in_memory[name]), name
+        assert tensor.dtype == in_memory[name].dtype
+        if ".gate." in name and "layers.0." in name and tensor.float().std() > 0:
+            assert not torch.equal(tensor, in_memory[name.replace("layers.0.", "layers.1.")]), name
+    gate = loaded.model.layers[0].mlp.gate
+    assert type(gate) is ROUTERS[config.router_type]
+
+
+def test_logits_have_the_std_asked_for(dense):
+    """Also of rows for zero-computation experts, and of groups."""
+    for case in ("zero-computation experts", "hierarchical", "attention"):
+        model = upcycle_model(dense[0], recipe(case, router_logit_std=0.7))
+        for layer in model.model.layers:
+            states = torch.randn(2000, 32)
+            states = states * states.square().mean(-1, keepdim=True).rsqrt() * layer.post_attention_layernorm.weight
+            gate = layer.mlp.gate
+            for name in ("weight", "group_weight", "query"):
+                if hasattr(gate, name):
+                    std = (states @ getattr(gate, name).T).std(0).square().mean().sqrt()
+                    assert 0.4 < std < 1.1, (case, name)
+
+
+def test_only_layers_are_proved_too(dense, tmp_path):
+    for case in ("top_p", "llama4", "hash", "capacity by position"):
+        report = upcycle(dense[1], tmp_path / case, recipe(case, method="residual", verify="layers"), progress=False)
+        assert report.exact
+
+
+@pytest.mark.parametrize("case", ["switch", "sigmoid_topk"])
+def test_weights_that_do_not_sum_to_1_are_made_up_for(case, dense):
+    """Switch's 1 / E of a router of zeros, DeepSeek-V3's factor of 2.5."""
+    model = upcycle_model(
+        dense[0], recipe(case, router_init="zero", scale_on="down") if case == "switch" else recipe(case)
+    )
+    scale = NUM_EXPERTS if case == "switch" else 1 / 2.5
+    experts, mlp = model.model.layers[0].mlp.experts, dense[0].model.layers[0].mlp
+    gate, up = experts.gate_up_proj[3].chunk(2)
+    assert_close(gate, mlp.gate_proj.weight, 1e-6)
+    product = experts.down_proj[3].norm() * up.norm()
+    assert_close(product, scale * mlp.down_proj.weight.norm() * mlp.up_proj.weight.norm(), 1e-5)
+
+
+def test_native_classes_hold_their_own_router_only(dense):
+    for router_type, options in (("switch", None), ("softmax_topk", {"capacity_policy": "position"})):
+        config = UpcycleConfig(num_experts_per_tok=1, router_type=router_type, router_options=options, target="native")
+        with pytest.raises(UpcycleError, match="Mixtral: it.* was asked for"):
+            plan_upcycle(dense[0].config, config)
+        assert not plan_upcycle(dense[0].config, UpcycleConfig(**{**config.to_dict(), "target": "auto"})).native
+    assert plan_upcycle(dense[0].config, UpcycleConfig(router_type="softmax_topk")).native
+    phi3 = dense_model("phi3").config
+    assert plan_upcycle(phi3, UpcycleConfig()).architecture.startswith("Glm4Moe")
+    assert not plan_upcycle(phi3, UpcycleConfig(router_type="softmax_topk")).architecture.startswith("Glm4Moe")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"router_type": "magic"}, "`router_type` must be one of"),
+        ({"router_options": {"router_topp": 0.3}}, r"`router_options` may have .*got \['router_topp'\]"),
+        (
+            {"method": "compose", "experts": ["a", "b"], "router_type": "top_p"},
+            "weights sum to 1.*router_type='top_p'",
+        ),
+    ],
+)
+def test_recipes_that_are_refused(values, message):
+    with pytest.raises(Exception, match=message):
+        UpcycleConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"router_type": "switch"}, "set `num_experts_per_tok=1`, got 2"),
+        ({"router_type": "soft"}, "set `num_experts_per_tok=8`, got 2"),
+        (
+            {"router_type": "switch", "num_experts_per_tok": 1, "router_options": {"router_top_p": 0.3}},
+            "has no effect",
+        ),
+        ({"router_type": "grouped"}, "`n_group` must be at least 2"),
+        ({"router_type": "expert_choice"}, "later tokens decide"),
+        ({"method": "granular", "granularity": 2, "router_type": "prototypes"}, "parts of a copy equal scores"),
+    ],
+)
+def test_plans_that_are_refused(values, message, dense):
+    with pytest.raises(UpcycleError, match=message):
+        plan_upcycle(dense[0].config, UpcycleConfig(**values))
+
+
+@pytest.mark.parametrize("router_type", ["attention", "normalized_logits", "sigmoid_topk", "noisy_topk", "soft"])
+def test_granular_is_exact_where_equal_scores_go_together(router_type, dense, tmp_path):
+    config = UpcycleConfig(
+        method="granular",
+        granularity=2,
+        num_experts_per_tok=8 if router_type == "soft" else 4,
+        router_type=router_type,
+        target="hf_moe",
+    )
+    assert plan_upcycle(dense[0].config, config).exact
+    assert upcycle(dense[1], tmp_path / "moe", config, progress=False).exact
