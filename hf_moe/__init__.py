@@ -25,6 +25,7 @@ _LAZY = {
     "EditReport": "editing.edit",
     "collapse": "editing.collapse",
     "expand_experts": "editing.expand",
+    "extract_domain": "editing.extract_domain",
     "extract_expert": "editing.expert_file",
     "insert_expert": "editing.expert_file",
     "merge_experts": "editing.merge",

@@ -179,6 +179,8 @@ def load_router_bias(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(
             f"The routers of {path} are not those of this {type(model).__name__}. Load the model it was trained on."
         )
+    if deaf := [type(routers[name]).__name__ for name in without if "use_expert_bias" not in routers[name].options]:
+        raise ValueError(f"{deaf[0]} chooses without a bias, so that those of {path} would have no effect.")
     for name in without:
         routers[name].e_score_correction_bias = torch.zeros(sizes[name], device=routers[name].weight.device)
         cast(PreTrainedModel, model).config.use_expert_bias = True
