@@ -182,8 +182,8 @@ def load_probabilities(
     noisy_logits_TE = logits_TE if noisy_logits_TE is None else noisy_logits_TE
     largest = noisy_logits_TE.topk(top_k + 1, dim=-1).values
     # The K-th largest of the others: of a chosen expert the next one, of the others the last that was chosen.
-    is_chosen_TE = noisy_logits_TE > largest[:, -1:]
-    threshold_TE = torch.where(is_chosen_TE, largest[:, -1:], largest[:, -2:-1])
+    is_chosen_TE = noisy_logits_TE > largest[..., -1:]
+    threshold_TE = torch.where(is_chosen_TE, largest[..., -1:], largest[..., -2:-1])
     return 0.5 * (1 + torch.erf((logits_TE - threshold_TE) / (noise_std * math.sqrt(2))))
 
 

@@ -82,6 +82,18 @@ def test_importance_and_load_beside_the_noisy_gate():
     assert_close(loss, golden["loss_unbiased_var"][0] * (num_experts - 1) / num_experts, 1e-5)
 
 
+@pytest.mark.parametrize(("top_k", "size"), [(1, 2), (2, 5)])
+def test_load_in_groups_is_that_of_each_group(top_k, size):
+    torch.manual_seed(0)
+    logits_TGM = torch.randn(10, 3, size)
+    std_TGM = torch.rand(10, 3, size) + 0.1
+    noisy_TGM = logits_TGM + std_TGM * torch.randn(10, 3, size)
+    together = losses.load_probabilities(logits_TGM, top_k, std_TGM, noisy_TGM)
+    for group in range(3):
+        alone = losses.load_probabilities(logits_TGM[:, group], top_k, std_TGM[:, group], noisy_TGM[:, group])
+        assert_close(together[:, group], alone, 1e-6)
+
+
 def test_sparsity_loss_beside_remoe():
     golden = load_file(GOLDEN / "remoe.safetensors")
     weights_TE = golden["logits"].relu()
