@@ -6,6 +6,7 @@ from pathlib import Path
 
 import exactness_matrix
 import native_pairs
+import router_table
 
 
 sys.path.append(str(Path(__file__).parent / "training"))
@@ -17,6 +18,9 @@ TABLES = {
     "exactness matrix": ("upcycling.md", exactness_matrix.render),
     "native targets": ("upcycling.md", native_pairs.render),
     "balance in every setting": ("balance.md", router_gradients.render),
+    "routers": ("routers.md", router_table.render),
+    "routers in training": ("routers.md", router_table.render_training),
+    "capacity policies": ("routers.md", router_table.render_policies),
 }
 
 

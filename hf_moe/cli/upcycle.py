@@ -37,6 +37,9 @@ TopKOpt = Annotated[int | None, typer.Option("--top-k", help="Routed experts per
 TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (default), native or hf_moe.")]
 LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert: 4,6,8-11, ::2 or -4: (default all).")]
 NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weights by their sum (default yes).")]
+RouterTypeOpt = Annotated[
+    str | None, typer.Option(help="Router of the result, e.g. sigmoid_topk, switch or top_p (default softmax_topk).")
+]
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
@@ -62,6 +65,7 @@ def plan(
     target: TargetOpt = None,
     layers: LayersOpt = None,
     norm_topk_prob: NormTopKOpt = None,
+    router_type: RouterTypeOpt = None,
     set_: SetOpt = None,
     revision: RevisionOpt = None,
     tokens: Annotated[
@@ -124,6 +128,7 @@ def upcycle(
     target: TargetOpt = None,
     layers: LayersOpt = None,
     norm_topk_prob: NormTopKOpt = None,
+    router_type: RouterTypeOpt = None,
     router_logit_std: LogitStdOpt = None,
     seed: SeedOpt = None,
     verify: VerifyOpt = None,

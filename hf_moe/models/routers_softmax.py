@@ -40,8 +40,8 @@ class SoftRouter(MoeRouter):
     """Every expert serves every token: the mixture of 1991, and what each sparse router is at K = E."""
 
     contract = RouterContract(
-        system="Jacobs et al. 1991",
-        papers=("1701.06538",),
+        system="Jacobs, Jordan, Nowlan and Hinton, Neural Computation 3 (1991)",
+        papers=(),
         score="softmax(W x)",
         selection="all experts",
         weight="the score, on the output",
@@ -132,7 +132,7 @@ class ModalityRouter(SoftmaxTopKRouter):
     """[`SoftmaxTopKRouter`] in which text and every other modality have experts of their own."""
 
     contract = RouterContract(
-        system="ERNIE 4.5 VL",
+        system="VLMo, ERNIE 4.5 VL",
         papers=("2111.02358",),
         score="softmax(W x) over the experts of the token's modality",
         selection="the K largest scores",

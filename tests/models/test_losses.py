@@ -145,3 +145,52 @@ def test_scores_sum_to_one(score):
     scores_TE = losses.scores_of(logits_TE.bfloat16(), score)
     assert scores_TE.dtype == torch.float32
     assert_close(scores_TE.sum(-1), torch.ones(5))
+
+
+def test_competitive_loss_in_closed_form():
+    """Jacobs et al. 1991, one token and expert after the other; experts that explain a token better learn more from it."""
+    generator = torch.Generator().manual_seed(0)
+    outputs_TEH = torch.randn(5, 3, 4, generator=generator).requires_grad_()
+    targets_TH = torch.randn(5, 4, generator=generator)
+    scores_TE = torch.randn(5, 3, generator=generator).softmax(-1)
+    expected = 0.0
+    for token in range(5):
+        distances = (outputs_TEH[token] - targets_TH[token]).square().sum(-1)
+        expected = expected - (scores_TE[token] * (-0.5 * distances).exp()).sum().log() / 5
+    loss = losses.competitive_loss(outputs_TEH, targets_TH, scores_TE)
+    assert_close(loss, expected, 1e-6)
+    (gradient_TEH,) = torch.autograd.grad(loss, outputs_TEH)
+    distances_TE = (outputs_TEH - targets_TH[:, None]).square().sum(-1)
+    posterior_TE = (scores_TE.log() - 0.5 * distances_TE).softmax(-1)
+    assert_close(gradient_TEH, posterior_TE[..., None] * (outputs_TEH - targets_TH[:, None]) / 5, 1e-5)
+    assert losses.competitive_loss(targets_TH[:, None], targets_TH, torch.ones(5, 1)) == pytest.approx(0)
+
+
+def test_skyworks_loss():
+    scores_TE, _, mask_T = random_routing()
+    means = scores_TE[mask_T.bool()].mean(0)
+    assert_close(losses.squared_deviation_loss(scores_TE, mask_T), sum((1 / 6 - mean) ** 2 for mean in means), 1e-6)
+    assert losses.squared_deviation_loss(torch.full((4, 6), 1 / 6)) == pytest.approx(0, abs=1e-12)
+
+
+def test_group_divergence():
+    scores_TE, _, mask_T = random_routing()
+    mean = scores_TE[mask_T.bool()].mean(0)
+    expected = F.kl_div(mean.log(), torch.full((6,), 1 / 6), reduction="sum") / 6
+    assert_close(losses.group_divergence_loss(scores_TE, mask_T), expected, 1e-5)
+    assert losses.group_divergence_loss(torch.full((4, 6), 1 / 6)) == pytest.approx(0, abs=1e-7)
+
+
+def test_heterogeneous_loss():
+    """Switch's if all experts count alike; else at its minimum where feed-forwards get tau times the load of the others."""
+    scores_TE, index_TK, mask_T = random_routing()
+    counts_E = losses.count_choices(index_TK, 6, mask_T)
+    alike = losses.heterogeneous_loss(scores_TE, counts_E, 4, 1.0, mask_T)
+    assert_close(alike, losses.switch_loss(scores_TE, counts_E, mask_T), 1e-6)
+    tau = 0.5
+    best = torch.tensor([tau] * 4 + [1.0] * 2) / (4 * tau + 2)
+    at_best = losses.heterogeneous_loss(best[None], best, 4, tau)
+    assert at_best == pytest.approx(tau * 6 / (4 * tau + 2))
+    for seed in range(20):
+        other = torch.randn(6, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+        assert losses.heterogeneous_loss(other[None], other, 4, tau) >= at_best

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each router beside closed forms and loops; what all have in common is in `test_router_universals.py`."""
 
+import guide_tables
 import pytest
 import torch
 import transformers
@@ -385,3 +386,18 @@ def test_inputs_that_no_router_reads_are_refused(batch):
     made = moe_model("llama", router_type="modality", num_experts_per_modality=[2, 2])
     with pytest.raises(ValueError, match="mm_token_type_ids.*must be of shape"):
         made(**batch, mm_token_type_ids=torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", [name for name, (guide, _) in guide_tables.TABLES.items() if guide == "routers.md"])
+def test_the_guide_prints_what_the_classes_declare(name):
+    assert guide_tables.place(name)[1] == guide_tables.TABLES[name][1](), "run `python tests/guide_tables.py`"
+
+
+def test_contracts_say_what_the_classes_do():
+    for name, router in ROUTERS.items():
+        contract = router.contract
+        assert (contract.balance.startswith("none")) == (not router.has_balance_loss), name
+        assert ("INPUT" in contract.weight) == router.weighs_input, name
+        built = build_router(router_config(name))
+        has_more = {n for n, _ in built.named_parameters()} - {"weight"}
+        assert all(f"`{parameter}`" in contract.state for parameter in has_more), name
