@@ -53,6 +53,7 @@ class MoeSparseBlock(nn.Module):
         super().__init__()
         router_class = config.router_class
         self.layer_index = layer_index
+        self.num_experts = num_experts  # feed-forwards; with expert parallelism `experts` holds some of them
         self.jitter_noise = config.router_jitter_noise if router_class.jitters_block else 0.0
         self.gate = router_class(config, num_experts)
         # CODEPATH: with a capacity Switch and GShard, without Mixtral and DeepSeek
@@ -119,9 +120,8 @@ class MoeSparseBlock(nn.Module):
         if not self.has_empty_slots and not self.weighs_input:
             return self.experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
         # Each slot becomes a token of its own with one expert. Which are empty is asked of the device once.
-        num_experts = self.experts.num_experts if self.zero_experts is None else self.zero_experts.first
         if self.has_empty_slots:
-            token_N, slot_N = (top_k_index_TK < num_experts).nonzero(as_tuple=True)
+            token_N, slot_N = (top_k_index_TK < self.num_experts).nonzero(as_tuple=True)
         else:
             token_N = torch.arange(len(top_k_index_TK), device=top_k_index_TK.device)
             token_N = token_N.repeat_interleave(top_k_index_TK.shape[-1])

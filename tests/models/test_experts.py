@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused experts beside transformers' own dense feed-forward."""
 
+import pytest
 import torch
-from conftest import assert_close, dense_config, moe_config
+from conftest import assert_close, dense_config, moe_class, moe_config
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_moe.models.experts import MoeExperts
+from hf_moe.models.experts import MoeExperts, build_experts
 
 
 def make_experts(implementation="eager", **values) -> MoeExperts:
@@ -57,3 +58,37 @@ def test_equal_experts_equal_one_in_bfloat16():
         weights = weights / weights.sum(-1, keepdim=True)
         single = experts(hidden_states, torch.zeros(64, 1, dtype=torch.long), torch.ones(64, 1))
         assert torch.equal(experts(hidden_states, index, weights), single), implementation
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dropout_inside_the_experts(family, implementation):
+    """Switch's, between the two layers: in training alone, with the mean unchanged, none of it outside."""
+    config = moe_config(family, expert_dropout=0.4, num_experts=2)
+    config._experts_implementation = implementation
+    experts = build_experts(config, 2)
+    width = experts.intermediate_dim
+    with torch.no_grad():
+        for name, parameter in experts.named_parameters():
+            parameter.zero_()
+            if name in ("gate_up_proj", "up_proj"):
+                parameter[..., 0] = 1.0
+            elif name == "down_proj":
+                parameter.copy_(torch.eye(32, width).expand_as(parameter))
+    states = torch.zeros(4000, 32)
+    states[:, 0] = 1.0
+    index, weights = torch.arange(4000)[:, None] % 2, torch.ones(4000, 1)
+    plain = experts.eval()(states, index, weights)
+    torch.manual_seed(0)
+    dropped = experts.train()(states, index, weights)[:, :24]
+    assert ((dropped == 0) | (dropped - plain[:, :24] / 0.6).abs().lt(1e-5)).all()
+    assert (dropped == 0).float().mean() == pytest.approx(0.4, abs=0.01)
+
+
+def test_experts_can_start_as_switchs():
+    model = moe_class("llama", "ForCausalLM")(moe_config("llama", moe_initializer_scale=0.1, num_experts=16))
+    for name, fan_in in (("gate_up_proj", 32), ("down_proj", 24)):
+        values = getattr(model.model.layers[0].mlp.experts, name)
+        std = (0.1 / fan_in) ** 0.5
+        assert values.abs().max() <= 2 * std
+        assert float(values.detach().std()) == pytest.approx(0.88 * std, rel=0.03)

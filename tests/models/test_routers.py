@@ -79,6 +79,24 @@ def hidden(num_tokens: int = 40, seed: int = 5) -> torch.Tensor:
     return torch.randn(num_tokens, 32, generator=torch.Generator().manual_seed(seed))
 
 
+# --- Jacobs et al. 1991 ----------------------------------------------------------------------------------------------
+
+
+def test_the_soft_mixture_in_closed_form():
+    """y = sum_i softmax(W x)_i E_i(x), one token and expert after the other."""
+    block = build_block(router_config("soft"))
+    states = hidden(6)
+    output_TH = block(states[None])[0]
+    for x_H, y_H in zip(states, output_TH, strict=True):
+        score_E = torch.exp(block.gate.weight @ x_H)
+        expected = torch.zeros(32)
+        for expert in range(8):
+            gate_I, up_I = (block.experts.gate_up_proj[expert] @ x_H).chunk(2)
+            hidden_I = torch.nn.functional.silu(gate_I) * up_I
+            expected = expected + score_E[expert] / score_E.sum() * (block.experts.down_proj[expert] @ hidden_I)
+        assert_close(y_H, expected, 1e-5)
+
+
 # --- Grok-1 ----------------------------------------------------------------------------------------------------------
 
 
