@@ -148,6 +148,14 @@ class MoePreTrainedModelMixin:
         # transformers searches the file of the model class for the experts' decorator; ours stands in experts.py.
         return True
 
+    def get_correct_experts_implementation(self, requested_experts):
+        if requested_experts == "sonicmoe" and self.config.expert_dropout:
+            raise ValueError(
+                f"`expert_dropout` ({self.config.expert_dropout}) drops out between the two layers of an expert, which the kernel "
+                "`experts_implementation='sonicmoe'` runs as one. Use 'grouped_mm', or `expert_dropout=0`."
+            )
+        return super().get_correct_experts_implementation(requested_experts)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

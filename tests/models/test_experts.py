@@ -92,3 +92,9 @@ def test_experts_can_start_as_switchs():
         std = (0.1 / fan_in) ** 0.5
         assert values.abs().max() <= 2 * std
         assert float(values.detach().std()) == pytest.approx(0.88 * std, rel=0.03)
+
+
+def test_kernels_that_cannot_drop_out_are_refused():
+    model = moe_class("llama", "ForCausalLM")(moe_config("llama", expert_dropout=0.1))
+    with pytest.raises(ValueError, match=r"`expert_dropout` \(0.1\).*sonicmoe"):
+        model.set_experts_implementation("sonicmoe")
