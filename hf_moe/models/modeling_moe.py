@@ -56,17 +56,17 @@ class MoeSparseBlock(nn.Module):
         self.num_experts = num_experts  # feed-forwards; with expert parallelism `experts` holds some of them
         self.jitter_noise = config.router_jitter_noise if router_class.jitters_block else 0.0
         self.gate = router_class(config, num_experts)
+        self.capacity = None
         # CODEPATH: with a capacity Switch and GShard, without Mixtral and DeepSeek
-        self.capacity = (
-            ExpertCapacity(config, self.gate.num_experts, router_class.score, router_class.queues_by_choice)
-            if config.has_capacity
-            else None
-        )
+        if config.has_capacity:
+            self.capacity = ExpertCapacity(
+                config, self.gate.num_experts, router_class.score, router_class.queues_by_choice
+            )
         self.experts = build_experts(config, num_experts)
-        # CODEPATH: with zero-computation experts MoE++, without all others
-        self.zero_experts = (
-            ZeroComputationExperts(config, num_experts) if config.num_zero_computation_experts else None
-        )
+        self.zero_experts = None
+        # CODEPATH: with zero-computation experts MoE++ and LongCat-Flash, without all others
+        if config.num_zero_computation_experts:
+            self.zero_experts = ZeroComputationExperts(config, num_experts)
         # CODEPATH: with a shared expert DeepSeekMoE and Qwen2-MoE, without Mixtral and Qwen3-MoE
         self.shared_expert = SharedExpert(config) if config.shared_expert_intermediate_size else None
         hidden_size = config.hidden_size
@@ -196,6 +196,7 @@ class MoeModelMixin:
                 self.replace_feed_forward(layers, index, block)
         # A family may have put layers of a class of its own there.
         self._no_split_modules.update(type(layer).__name__ for layer in layers)
+        # CODEPATH: Switch and hash routing need to know their tokens, Mixtral and Qwen-MoE do not
         if config.routing_needs or not config.uses_mixtral_balance_loss:
             self.register_forward_pre_hook(open_routing, with_kwargs=True)
             for layer in layers:
@@ -266,6 +267,7 @@ class MoeForCausalLMMixin:
             output_router_logits = self.config.output_router_logits
         kwargs |= self._routing_inputs(mm_token_type_ids, domain_ids)
         routing = None
+        # CODEPATH: Mixtral's balance loss is computed from the logits alone, DeepSeek-V3's and Shazeer's are not
         if output_router_logits and not self.config.uses_mixtral_balance_loss:
             routing = kwargs["routing"] = RoutingContext(
                 wants_balance_losses=self.config.router_class.has_balance_loss
