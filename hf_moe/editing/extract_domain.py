@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..models.configuration_routing import RoutingConfigMixin
+from ..models.configuration_moe import MoeConfigMixin
 from ..upcycling.errors import UpcycleError
 
 
@@ -39,7 +39,7 @@ def extract_domain(model: PreTrainedModel, domain: int) -> PreTrainedModel:
     ```
     """
     config = model.config
-    if not isinstance(config, RoutingConfigMixin) or config.router_type != "hash" or config.num_hash_domains == 1:
+    if not isinstance(config, MoeConfigMixin) or config.router_type != "hash" or config.num_hash_domains == 1:
         kind = getattr(config, "router_type", None)
         raise UpcycleError(
             f"{type(model).__name__} has no experts by domain (router_type={kind!r}, num_hash_domains="
