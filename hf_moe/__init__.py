@@ -18,7 +18,7 @@ globals().update(_MODEL_CLASSES)
 _LAZY = {
     "UpcycleConfig": "upcycling.recipe",
     "UpcyclePlan": "upcycling.plan",
-    "UpcycleReport": "upcycling.recipe",
+    "UpcycleReport": "upcycling.report",
     "plan_upcycle": "upcycling.plan",
     "upcycle": "upcycling.upcycle",
     "upcycle_model": "upcycling.in_memory",

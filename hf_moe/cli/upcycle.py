@@ -15,7 +15,8 @@ from .display import error as _error
 
 if TYPE_CHECKING:
     from ..upcycling.advice import Advice
-    from ..upcycling.recipe import UpcycleConfig, UpcycleReport
+    from ..upcycling.recipe import UpcycleConfig
+    from ..upcycling.report import UpcycleReport
 
 Source = Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.")]
 RecipeOpt = Annotated[Path | None, typer.Option(help="YAML file with fields of UpcycleConfig; options override it.")]

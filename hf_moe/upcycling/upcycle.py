@@ -33,7 +33,8 @@ from .output import OutputFolder, write_model_files, write_provenance
 from .parents import Composition, compose_parents, open_experts, open_parent
 from .parity import FLOAT32_BOUND, check_parity, measure_parity, summarize
 from .plan import UpcyclePlan, plan_upcycle
-from .recipe import UpcycleConfig, UpcycleReport
+from .recipe import UpcycleConfig
+from .report import UpcycleReport
 from .ridge import RIDGE_FOLDER
 from .sample import Sample, describe_sample, draw_sample
 from .streaming import Side, streamed_model
