@@ -75,6 +75,11 @@ def find_parent(moe: MoeCheckpoint) -> DenseParent:
     Raises:
         UpcycleError: if no dense class is known that computes what `moe` computes besides its experts.
     """
+    if getattr(moe.config, "use_localized_filtering", False):
+        raise UpcycleError(
+            "No dense class of transformers filters queries and keys, as `use_localized_filtering` does, so there is no dense "
+            "model to go back to."
+        )
     upcycled = [position for position, entry in enumerate(moe.history) if "recipe" in entry]
     origin = moe.history[upcycled[-1]] if upcycled else {}
     edited = bool(upcycled) and upcycled[-1] < len(moe.history) - 1

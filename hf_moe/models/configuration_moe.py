@@ -20,6 +20,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .configuration_block import BlockConfigMixin
 from .configuration_routing import RoutingConfigMixin
 
 
@@ -50,9 +51,10 @@ def ungated_ep_plan(layers: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class MoeConfigMixin(RoutingConfigMixin):
+class MoeConfigMixin(BlockConfigMixin, RoutingConfigMixin):
     r"""
-    The fields of a sparse block, added to those of the dense configuration, with those of [`RoutingConfigMixin`].
+    The fields of a sparse block, added to those of the dense configuration, with those of [`RoutingConfigMixin`] and
+    [`BlockConfigMixin`].
 
     Args:
         num_experts (`int`, *optional*, defaults to 8):

@@ -44,6 +44,7 @@ class MoeGPT2Config(MoeConfigMixin, GPT2Config):
     }
     gated_experts: ClassVar[bool] = False
     biased_experts: ClassVar[bool] = True
+    has_fused_projections: ClassVar[bool] = True
 
     n_inner: int | None = None
 

@@ -38,6 +38,7 @@ class MoeGPTNeoXConfig(MoeConfigMixin, GPTNeoXConfig):
     base_model_ep_plan = ungated_ep_plan("layers")
     gated_experts: ClassVar[bool] = False
     biased_experts: ClassVar[bool] = True
+    has_fused_projections: ClassVar[bool] = True
 
 
 __all__ = ["MoeGPTNeoXConfig"]

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Configuration of Phi-3 with sparse layers."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import Phi3Config
 
@@ -33,6 +35,7 @@ class MoePhi3Config(MoeConfigMixin, Phi3Config):
     """
 
     model_type = "moe_phi3"
+    has_fused_projections: ClassVar[bool] = True
 
 
 __all__ = ["MoePhi3Config"]

@@ -32,6 +32,8 @@ from transformers.utils import can_return_tuple, logging
 
 from .capacity import ExpertCapacity
 from .experts import BiasedMoeExperts, MoeExperts, SharedExpert, UngatedMoeExperts, build_experts
+from .filter_state import FilterStateGenerationMixin
+from .localized_filtering import CausalConvolution, FilterNorm, filter_queries_and_keys
 from .routers import MoeRouter
 from .routers_noisy import init_truncated_normal
 from .routing_context import RoutingContext, open_routing, with_routing
@@ -168,7 +170,7 @@ class MoePreTrainedModelMixin:
                     init_truncated_normal(parameter, scale)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
-        elif isinstance(module, (MoeRouter, ZeroComputationExperts)):
+        elif isinstance(module, (MoeRouter, ZeroComputationExperts, CausalConvolution, FilterNorm)):
             module.init_weights(std)
 
 
@@ -194,10 +196,14 @@ class MoeModelMixin:
             if layer_type == "sparse":
                 block = self.block_class(config, config.num_experts_in(index), layer_index=index)
                 self.replace_feed_forward(layers, index, block)
+        # CODEPATH: with localized filtering Yuan 2.0-M32, without all others
+        if config.use_localized_filtering:
+            for layer in layers:
+                filter_queries_and_keys(layer.self_attn, config)
         # A family may have put layers of a class of its own there.
         self._no_split_modules.update(type(layer).__name__ for layer in layers)
         # CODEPATH: Switch and hash routing need to know their tokens, Mixtral and Qwen-MoE do not
-        if config.routing_needs or not config.uses_mixtral_balance_loss:
+        if config.routing_needs or not config.uses_mixtral_balance_loss or config.use_localized_filtering:
             self.register_forward_pre_hook(open_routing, with_kwargs=True)
             for layer in layers:
                 layer.__class__ = with_routing(type(layer))
@@ -208,7 +214,7 @@ class MoeModelMixin:
         layers[index].mlp = block
 
 
-class MoeForCausalLMMixin:
+class MoeForCausalLMMixin(FilterStateGenerationMixin):
     """
     The causal language model over a MoE backbone, with the load-balancing loss and the router logits in its outputs.
 

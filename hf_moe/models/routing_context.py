@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What routing may depend on besides the hidden states: padding, sequences, token ids, modalities, domains, other layers.
+"""What a layer may depend on besides the hidden states: padding, sequences, token ids, modalities, domains, other layers.
 
 `RoutingContext` belongs to one forward pass of a model, `Tokens` to one layer in it. `open_routing`, a hook of the backbone,
-and `with_routing`, for its layers, bring the one to the blocks; a model has them only if its routers ask for it.
+and `with_routing`, for its layers, bring the one to the blocks; a model has them only if its routers, or localized
+filtering, ask for it.
 
 Dimension letters: B sequences, S tokens of a sequence, T tokens (B * S), E experts.
 """
@@ -74,6 +75,7 @@ class RoutingContext:
     Args:
         attention_mask (`Any`, *optional*): What the model was called with.
         input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids.
+        position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): What the model was called with.
         mm_token_type_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Modalities: 0 for text.
         domain_ids (`torch.Tensor` of shape `(B,)`, *optional*): The domain of each sequence.
         wants_balance_losses (`bool`): Whether the layers leave their balance losses here.
@@ -84,6 +86,7 @@ class RoutingContext:
 
     attention_mask: Any = None
     input_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
     mm_token_type_ids: torch.Tensor | None = None
     domain_ids: torch.Tensor | None = None
     wants_balance_losses: bool = False
@@ -97,7 +100,8 @@ class RoutingContext:
         length = hidden_states.shape[:-1].numel() // batch_size
         tokens = Tokens(batch_size)
         if "mask_T" in needs or self.wants_balance_losses:
-            tokens.mask_T = self._mask(length, device)
+            mask_BS = self.mask(length, device)
+            tokens.mask_T = None if mask_BS is None else mask_BS.reshape(-1)
         if "input_ids_T" in needs and self.input_ids is not None:
             tokens.input_ids_T = self.input_ids.reshape(-1).to(device)
         if "modality_T" in needs:
@@ -107,6 +111,20 @@ class RoutingContext:
         if "previous_logits_TE" in needs:
             tokens.previous_logits_TE = self._logits_before(layer_index, device)
         return tokens
+
+    def mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """`(B, S)`, True for tokens, False for padding; None if nothing is padded."""
+        mask = self.attention_mask
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(
+                "This model depends on which tokens are padding, so `attention_mask` must be of shape (batch, length), got "
+                f"{shape}. A static cache makes masks of another shape: leave `cache_implementation` out."
+            )
+        # With a cache the mask is longer than what the layer sees.
+        return mask[:, mask.shape[1] - length :].to(device, torch.bool)
 
     def keep_logits(self, layer_index: int, router_logits_TE: torch.Tensor) -> None:
         """Leave the logits of a layer to the next one."""
@@ -134,19 +152,6 @@ class RoutingContext:
             )
         return self.domain_ids.to(device).repeat_interleave(length)
 
-    def _mask(self, length: int, device: torch.device) -> torch.Tensor | None:
-        mask = self.attention_mask
-        if mask is None:
-            return None
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(
-                "This routing depends on which tokens are padding, so `attention_mask` must be of shape (batch, length), got "
-                f"{shape}. A static cache makes masks of another shape: leave `cache_implementation` out."
-            )
-        # With a cache the mask is longer than what the layer sees.
-        return mask[:, mask.shape[1] - length :].reshape(-1).to(device, torch.bool)
-
     def _modality(self, batch_size: int, length: int, device: torch.device) -> torch.Tensor | None:
         if self.mm_token_type_ids is None:
             return None
@@ -165,6 +170,7 @@ def open_routing(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     routing = kwargs.get("routing") or RoutingContext()
     routing.input_ids = given.get("input_ids")
     routing.attention_mask = given.get("attention_mask")
+    routing.position_ids = given.get("position_ids")
     for name in ROUTING_INPUTS:
         setattr(routing, name, kwargs.pop(name, None))
     return args, {**kwargs, "routing": routing}
@@ -172,7 +178,7 @@ def open_routing(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 class RoutedLayer:
     """
-    Mixed into the class of a layer: gives the context to the sparse block, if the layer has one, and to nothing else.
+    Mixed into the class of a layer: gives the context to its sparse block and to its attention, if they have a place for it.
 
     It does so inside `forward`, which gradient checkpointing runs again with what it was given the first time.
     """
@@ -180,8 +186,9 @@ class RoutedLayer:
     mlp: nn.Module
 
     def forward(self, *args, routing: RoutingContext | None = None, **kwargs):
-        if hasattr(self.mlp, "routing"):
-            self.mlp.routing = routing
+        for reader in (self.mlp, getattr(self, "self_attn", None)):
+            if hasattr(reader, "routing"):
+                reader.routing = routing
         return super().forward(*args, **kwargs)
 
     def __reduce__(self):

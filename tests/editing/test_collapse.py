@@ -343,6 +343,8 @@ def bad_source(kind: str, folder: Path) -> Path:
             model.save_pretrained(moe)
         case "gate":
             save_moe(moe, "qwen2_moe")
+        case "filtered":
+            save_moe(moe, "moe_llama", use_localized_filtering=True)
         case "qwen":
             upcycle(dense, moe, recipe(method="qwen", granularity=2, verify="none"), progress=False)
         case "edited":
@@ -373,6 +375,7 @@ def bad_source(kind: str, folder: Path) -> Path:
         ("residual", {"expert": 1}, "no expert of method 'residual' is a feed-forward of its own"),
         ("olmoe", {}, "No dense class is known for model_type 'olmoe'.*'mixtral'.*'moe_llama'"),
         ("wide", {}, "needs 'model.layers.1.mlp.gate_proj.weight' with shape \\(24, 32\\), but .* \\(48, 32\\)"),
+        ("filtered", {}, "No dense class of transformers filters queries and keys"),
         ("gate", {}, "shared expert is scaled by a gate, which no dense feed-forward has"),
         ("qwen", {}, "Experts of method 'qwen' hold no feed-forward to go back to"),
         ("edited", {}, "parts of one feed-forward, but experts were added or removed since"),

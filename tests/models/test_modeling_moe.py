@@ -415,6 +415,7 @@ def test_parallel_equals_one_process(kind, local_shape, families, tmp_path):
     if kind == "tensor":
         models = {family: model for family, model in models.items() if model.supports_tp_plan}
     models["biased"] = moe_model("granite", mlp_bias=True, **values)
+    models["filtered"] = moe_model("llama", use_localized_filtering=True, **values)
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     command = [sys.executable, "-c", PARALLEL, str(tmp_path)]
