@@ -13,11 +13,40 @@
 # limitations under the License.
 """The fields of a configuration that concern the block around the experts, and their validation.
 
-`BlockConfigMixin` adds localized filtering to the families that can have it.
+`BlockConfigMixin` adds localized filtering to the families that can have it. `BLOCK_OPTIONS` are options of a block that
+some families of transformers have; the others refuse them, because an attribute that nothing reads would do nothing.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
+
+
+class BlockOption(NamedTuple):
+    """The configurations that have an option of the block, or what to set instead, and values with which it does nothing."""
+
+    families: tuple[str, ...]
+    neutral: tuple[float | None, ...] = (None,)
+    instead: str = ""
+
+
+GEMMA = ("MoeGemma2Config", "MoeGemma3TextConfig")
+GRANITE = ("MoeGraniteConfig",)
+BLOCK_OPTIONS = {
+    "attn_logit_softcapping": BlockOption(GEMMA),
+    "final_logit_softcapping": BlockOption(GEMMA),
+    "query_pre_attn_scalar": BlockOption(GEMMA),
+    "attention_multiplier": BlockOption(GRANITE),
+    "embedding_multiplier": BlockOption(GRANITE, (None, 1)),
+    "residual_multiplier": BlockOption(GRANITE, (None, 1)),
+    "logits_scaling": BlockOption((*GRANITE, "MoeGemma2Config"), (None, 1)),
+    # As the configurations of Grok-1 on the Hub call them.
+    "max_attn_value": BlockOption((), instead="`attn_logit_softcapping` of MoeGemma2Config"),
+    "attn_output_multiplier": BlockOption((), instead="`query_pre_attn_scalar`=1/x**2 of MoeGemma2Config"),
+    "output_multiplier_scale": BlockOption((), (None, 1), "`logits_scaling`=1/x of MoeGemma2Config"),
+    "embedding_multiplier_scale": BlockOption(
+        (), (None, 1), "MoeGemma2Config, which always multiplies by the square root of `hidden_size`"
+    ),
+}
 
 
 @dataclass(kw_only=True)
@@ -37,11 +66,20 @@ class BlockConfigMixin:
 
     def validate_block(self):
         """Part of `@strict`-powered validation."""
+        name = type(self).__name__
         if self.use_localized_filtering and (reason := self._reason_against_filtering()) is not None:
             raise ValueError(
-                f"`use_localized_filtering` is not possible with {type(self).__name__}: {reason}. Leave it at False, or take a causal family "
+                f"`use_localized_filtering` is not possible with {name}: {reason}. Leave it at False, or take a causal family "
                 "with separate projections, such as MoeLlamaConfig."
             )
+        declared = {field.name for field in fields(self)}
+        for option, (families, neutral, instead) in BLOCK_OPTIONS.items():
+            value = getattr(self, option, None)
+            if option not in declared and value not in neutral:
+                able = instead or " or ".join(families)
+                raise ValueError(
+                    f"`{option}`={value!r} has no effect on {name}, whose block has no such option. Use {able}."
+                )
 
     def _reason_against_filtering(self) -> str | None:
         if not self.is_causal_model or getattr(self, "use_bidirectional_attention", False):

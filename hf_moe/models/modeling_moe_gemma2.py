@@ -43,8 +43,9 @@ class MoeGemma2ForCausalLM(MoeForCausalLMMixin, MoeGemma2PreTrainedModel, Gemma2
     model_class = MoeGemma2Model
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The logits, softly capped at `config.final_logit_softcapping`."""
-        logits = super().compute_logits(hidden_states)
+        """The logits, divided by `config.logits_scaling` and softly capped at `config.final_logit_softcapping`."""
+        # CODEPATH: divided Grok-1, not divided google/gemma-2-2b
+        logits = super().compute_logits(hidden_states) / self.config.logits_scaling
         # CODEPATH: capped google/gemma-2-2b, not capped where the field is None
         if self.config.final_logit_softcapping is not None:
             logits = torch.tanh(logits / self.config.final_logit_softcapping) * self.config.final_logit_softcapping
