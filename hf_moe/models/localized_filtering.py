@@ -129,8 +129,8 @@ def _filter_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     routing, attention.routing = attention.routing, None
     if routing is None:
         raise ValueError(
-            "Localized filtering must know which tokens are padding, but this attention was not called by its model. If PEFT "
-            "trains a copy of it, name `lfa` in `modules_to_save`, or projections, but not the whole attention or layer."
+            "Localized filtering must know which tokens are padding, but this attention was not called by its layer in a forward "
+            "pass of the model. Call the model, or the backbone."
         )
     if kwargs.get("cache") is not None:
         raise ValueError(

@@ -183,16 +183,21 @@ class RoutedLayer:
     It does so inside `forward`, which gradient checkpointing runs again with what it was given the first time.
     """
 
-    mlp: nn.Module
-
     def forward(self, *args, routing: RoutingContext | None = None, **kwargs):
-        for reader in (self.mlp, getattr(self, "self_attn", None)):
-            if hasattr(reader, "routing"):
+        for name in ("mlp", "self_attn"):
+            for reader in _readers(getattr(self, name, None)):
                 reader.routing = routing
         return super().forward(*args, **kwargs)
 
     def __reduce__(self):
         return _unpickle_layer, (type(self).__mro__[2],), self.__dict__  # its own class has no name to be found by
+
+
+def _readers(part: nn.Module | None) -> list[nn.Module]:
+    """What has a place for the context: a part of a layer or, if PEFT trains a copy of it, the part and the copies."""
+    if not hasattr(part, "routing"):
+        return []
+    return [part] if "routing" in vars(part) else [module for module in part.modules() if "routing" in vars(module)]
 
 
 @functools.cache

@@ -361,10 +361,17 @@ def test_values_trained_whole_see_the_raw_input(batch):
     assert torch.equal(model(**batch).logits, expected)
 
 
-def test_copy_of_the_attention_is_refused(batch):
+@torch.no_grad()
+def test_copy_of_the_attention_sees_the_padding(batch):
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], modules_to_save=["self_attn"])
-    with pytest.raises(ValueError, match="name `lfa` in `modules_to_save`"):
-        peft.get_peft_model(filtering_model(), config)(**batch)
+    model = peft.get_peft_model(filtering_model(), config).eval()
+    assert torch.equal(model(**batch).logits, filtering_model()(**batch).logits)
+
+
+def test_attention_without_its_layer_is_refused():
+    attention = filtering_model().model.layers[0].self_attn
+    with pytest.raises(ValueError, match="not called by its layer"):
+        attention(hidden_states=torch.randn(1, 3, 32))
 
 
 @pytest.mark.parametrize(

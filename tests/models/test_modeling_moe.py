@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -186,6 +187,23 @@ def test_gradient_checkpointing(family, batch, use_reentrant):
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, expected[name])
+
+
+@torch.no_grad()
+def test_copy_of_a_block_sees_the_padding(batch):
+    """PEFT wraps what it trains whole, and the wrapper passes on hidden states alone."""
+    values = {"router_type": "gshard", "capacity_factor": 0.5, "min_capacity": 0}
+    model = moe_model("llama", **values).train()
+    expected = model(**batch).logits
+    model = peft.get_peft_model(
+        moe_model("llama", **values), peft.LoraConfig(target_modules=["lm_head"], modules_to_save=["mlp"])
+    ).train()
+    assert torch.equal(model(**batch).logits, expected)
+
+
+def test_dense_layers_need_no_place_for_the_routing():
+    model = moe_model("bert", "ForMaskedLM", router_type="gshard", mlp_layer_types=["sparse", "dense", "sparse"])
+    assert model(torch.randint(3, 96, (2, 5))).logits.shape == (2, 5, 96)
 
 
 def test_balance_loss_without_gradient_is_refused(batch):
