@@ -81,9 +81,9 @@ class ExpertCapacity(nn.Module):
         num_groups = tokens.num_groups(self.group, len(top_k_index_TK))
         room_BE = self.room(tokens, num_groups, len(top_k_index_TK), factor, top_k_weights_TK.device)
         place_TK = self.place_in_queue(router_logits_TE, top_k_weights_TK, top_k_index_TK, num_groups)
-        group_T1 = _group_of_tokens(len(top_k_index_TK), num_groups, place_TK.device)
-        none_B1 = room_BE.new_zeros(num_groups, 1)  # for the slots that take no expert
-        is_over_TK = place_TK >= torch.cat([room_BE, none_B1], dim=-1)[group_T1, top_k_index_TK]
+        # A slot without an expert stays what it is, whatever its place is compared with.
+        expert_BN = top_k_index_TK.reshape(num_groups, -1).clamp(max=self.num_experts - 1)
+        is_over_TK = place_TK >= room_BE.gather(1, expert_BN).view_as(place_TK)
         weights_TK = top_k_weights_TK.masked_fill(is_over_TK, 0.0)
         index_TK = top_k_index_TK.masked_fill(is_over_TK, self.num_experts)
         if self.policy != "recycle":
@@ -127,30 +127,34 @@ class ExpertCapacity(nn.Module):
         num_groups: int,
     ) -> torch.Tensor:
         """`(T, K)`: how many slots of the group stand before this one in the queue of its expert."""
-        num_tokens, top_k = top_k_index_TK.shape
-        if self.policy == "probability":
-            priority_TK = top_k_weights_TK.detach()
-        elif self.policy == "batch_prioritized":
-            priority_TK = scores_of(router_logits_TE.detach(), self.score).amax(-1, keepdim=True).expand(-1, top_k)
-        elif self.policy == "random" and self.training:
-            priority_TK = torch.rand(num_tokens, top_k, device=top_k_index_TK.device)
+        top_k = top_k_index_TK.shape[-1]
+        index_BN = top_k_index_TK.reshape(num_groups, -1)
+        number_N = torch.arange(index_BN.shape[-1], device=index_BN.device)
+        priority_TK = self.priority(router_logits_TE, top_k_weights_TK)
+        is_by_choice = self.queues_by_choice and self.policy != "probability" or self.policy == "batch_prioritized"
+        # Stable sorts by keys of rising importance: priority, choice, then expert.
+        if priority_TK is not None:
+            order_BN = priority_TK.reshape(index_BN.shape).argsort(dim=-1, stable=True, descending=True)
+            if is_by_choice:
+                order_BN = order_BN.gather(-1, (order_BN % top_k).argsort(dim=-1, stable=True))
         else:
-            priority_TK = torch.zeros(num_tokens, top_k, device=top_k_index_TK.device)
-        # Stable sorts by keys of rising importance: priority, choice, then expert and group.
-        order_N = priority_TK.flatten().argsort(stable=True, descending=True)
-        is_by_choice = self.queues_by_choice and self.policy != "probability"
-        if is_by_choice or self.policy == "batch_prioritized":
-            choice_N = torch.arange(top_k, device=order_N.device).repeat(num_tokens)
-            order_N = order_N[choice_N[order_N].argsort(stable=True)]
-        queue_TK = top_k_index_TK + _group_of_tokens(num_tokens, num_groups, order_N.device) * (self.num_experts + 1)
-        queue_N = queue_TK.flatten()
-        order_N = order_N[queue_N[order_N].argsort(stable=True)]
-        lengths = queue_N.new_zeros(num_groups * (self.num_experts + 1)).scatter_add_(
-            0, queue_N, torch.ones_like(queue_N)
-        )
-        starts = lengths.cumsum(0) - lengths
-        places_N = torch.arange(len(order_N), device=order_N.device) - starts[queue_N[order_N]]
-        return torch.empty_like(places_N).scatter_(0, order_N, places_N).view(num_tokens, top_k)
+            order_N = number_N.view(-1, top_k).T.flatten() if is_by_choice else number_N
+            order_BN = order_N.expand(index_BN.shape)
+        queue_BN, in_order_BN = index_BN.gather(-1, order_BN).sort(dim=-1, stable=True)
+        place_BN = number_N - torch.searchsorted(queue_BN, queue_BN)
+        place_BN = torch.empty_like(place_BN).scatter_(-1, order_BN.gather(-1, in_order_BN), place_BN)
+        return place_BN.view_as(top_k_index_TK)
+
+    def priority(self, router_logits_TE: torch.Tensor, top_k_weights_TK: torch.Tensor) -> torch.Tensor | None:
+        """`(T, K)`: what moves a slot to the front of its queue; None if slots stand there as in the batch."""
+        if self.policy == "probability":
+            return top_k_weights_TK.detach()
+        if self.policy == "batch_prioritized":
+            scores_T1 = scores_of(router_logits_TE.detach(), self.score).amax(-1, keepdim=True)
+            return scores_T1.expand(top_k_weights_TK.shape)
+        if self.policy == "random" and self.training:
+            return torch.rand(top_k_weights_TK.shape, device=top_k_weights_TK.device)
+        return None
 
 
 def recycle(
@@ -186,8 +190,3 @@ def recycle(
     new_BN = torch.searchsorted(free_until_BE, place_BN, right=True)
     finds_room_BN = is_overflow_BN & (place_BN < num_free_B1)
     return torch.where(finds_room_BN, new_BN, index_BN).view_as(index_TK)
-
-
-def _group_of_tokens(num_tokens: int, num_groups: int, device: torch.device) -> torch.Tensor:
-    """`(T, 1)`: the group of every token."""
-    return torch.arange(num_groups, device=device).repeat_interleave(num_tokens // num_groups)[:, None]
