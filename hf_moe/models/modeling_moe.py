@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The sparse block and the mixins that put it into a dense transformers model.
+"""The mixins that put a sparse block into a dense transformers model.
 
-`MoeSparseBlock` takes the place of a layer's feed-forward. `MoePreTrainedModelMixin`, `MoeModelMixin`,
+[`MoeSparseBlock`] takes the place of a layer's feed-forward. `MoePreTrainedModelMixin`, `MoeModelMixin`,
 `MoeForCausalLMMixin`, `MoeClassificationMixin` and `MoeHeadMixin` are mixed into the dense classes of a family;
 attention, caches, generation and parallel plans stay those of the dense classes.
 """
@@ -21,7 +21,6 @@ attention, caches, generation and parallel plans stay those of the dense classes
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
@@ -30,114 +29,17 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
 
-from .capacity import ExpertCapacity
-from .experts import BiasedMoeExperts, MoeExperts, SharedExpert, UngatedMoeExperts, build_experts
+from .experts import BiasedMoeExperts, MoeExperts, UngatedMoeExperts
 from .filter_state import FilterStateGenerationMixin
 from .localized_filtering import CausalConvolution, FilterNorm, filter_queries_and_keys
 from .routers import MoeRouter
 from .routers_noisy import init_truncated_normal
 from .routing_context import RoutingContext, open_routing, with_routing
+from .sparse_block import MoeSparseBlock
 from .zero_experts import ZeroComputationExperts
 
 
 logger = logging.get_logger(__name__)
-
-
-class MoeSparseBlock(nn.Module):
-    """
-    Router, routed experts and an optional shared expert: `(B, S, H)` to `(B, S, H)`.
-
-    The tensor names (`gate.weight`, `experts.gate_up_proj`, `experts.down_proj`, `shared_expert`) are those that PEFT,
-    TRL, quantizers and the parallel plans of transformers look for.
-    """
-
-    def __init__(self, config, num_experts: int, layer_index: int = 0):
-        super().__init__()
-        router_class = config.router_class
-        self.layer_index = layer_index
-        self.num_experts = num_experts  # feed-forwards; with expert parallelism `experts` holds some of them
-        self.jitter_noise = config.router_jitter_noise if router_class.jitters_block else 0.0
-        self.gate = router_class(config, num_experts)
-        self.capacity = None
-        # CODEPATH: with a capacity Switch and GShard, without Mixtral and DeepSeek
-        if config.has_capacity:
-            self.capacity = ExpertCapacity(
-                config, self.gate.num_experts, router_class.score, router_class.queues_by_choice
-            )
-        self.experts = build_experts(config, num_experts)
-        self.zero_experts = None
-        # CODEPATH: with zero-computation experts MoE++ and LongCat-Flash, without all others
-        if config.num_zero_computation_experts:
-            self.zero_experts = ZeroComputationExperts(config, num_experts)
-        # CODEPATH: with a shared expert DeepSeekMoE and Qwen2-MoE, without Mixtral and Qwen3-MoE
-        self.shared_expert = SharedExpert(config) if config.shared_expert_intermediate_size else None
-        hidden_size = config.hidden_size
-        # CODEPATH: gated Qwen2-MoE, ungated DeepSeekMoE
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.use_shared_expert_gate else None
-        self.weighs_input = router_class.weighs_input
-        # A slot may be empty, so that only the others are worth computing.
-        has_other_slots = self.capacity is not None or self.zero_experts is not None
-        self.has_empty_slots = has_other_slots or self.gate.leaves_slots_empty
-        self.needs = config.routing_needs
-        self.routing: RoutingContext | None = None  # of the forward pass at hand
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.training and self.jitter_noise > 0:
-            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
-            hidden_states = hidden_states * noise
-        hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not self.needs and self.routing is None:
-            _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH)
-        else:
-            top_k_weights_TK, top_k_index_TK = self._route(hidden_states)
-        output_TH = self._run_experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
-        if self.shared_expert is not None:
-            shared_output_TH = self.shared_expert(hidden_states_TH)
-            if self.shared_expert_gate is not None:
-                shared_output_TH = F.sigmoid(self.shared_expert_gate(hidden_states_TH)) * shared_output_TH
-            output_TH = output_TH + shared_output_TH
-        return output_TH.reshape(hidden_states.shape)
-
-    def _route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and experts, of tokens about which more than their hidden states is known."""
-        routing, self.routing = self.routing or RoutingContext(), None
-        tokens = routing.tokens(hidden_states, self.layer_index, self.needs)
-        hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        router_logits_TE, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH, tokens)
-        if "previous_logits_TE" in self.needs:
-            routing.keep_logits(self.layer_index, router_logits_TE)
-        if routing.wants_balance_losses:
-            routing.balance_losses[self.layer_index] = self.gate.balance_loss(
-                hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens
-            )
-        if self.capacity is not None:
-            top_k_weights_TK, top_k_index_TK = self.capacity(
-                router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens
-            )
-        return self.gate.finish(top_k_weights_TK), top_k_index_TK
-
-    def _run_experts(
-        self, hidden_states_TH: torch.Tensor, top_k_index_TK: torch.Tensor, top_k_weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        if not self.has_empty_slots and not self.weighs_input:
-            return self.experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
-        # Each slot becomes a token of its own with one expert. Which are empty is asked of the device once.
-        if self.has_empty_slots:
-            token_N, slot_N = (top_k_index_TK < self.num_experts).nonzero(as_tuple=True)
-        else:
-            token_N = torch.arange(len(top_k_index_TK), device=top_k_index_TK.device)
-            token_N = token_N.repeat_interleave(top_k_index_TK.shape[-1])
-            slot_N = torch.arange(top_k_index_TK.shape[-1], device=top_k_index_TK.device).repeat(len(top_k_index_TK))
-        weights_N1 = top_k_weights_TK[token_N, slot_N, None]
-        inputs_NH = hidden_states_TH[token_N]
-        if self.weighs_input:
-            inputs_NH, weights_N1 = (inputs_NH * weights_N1).to(inputs_NH.dtype), torch.ones_like(weights_N1)
-        outputs_NH = self.experts(inputs_NH, top_k_index_TK[token_N, slot_N, None], torch.ones_like(weights_N1))
-        output_TH = torch.zeros(hidden_states_TH.shape, dtype=weights_N1.dtype, device=hidden_states_TH.device)
-        output_TH = output_TH.index_add(0, token_N, outputs_NH * weights_N1)
-        if self.zero_experts is not None:
-            output_TH = output_TH + self.zero_experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
-        return output_TH.to(hidden_states_TH.dtype)
 
 
 class MoePreTrainedModelMixin:

@@ -19,8 +19,9 @@ from transformers.models.bert.modeling_bert import BertLayer, BertPreTrainedMode
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_moe_bert import MoeBertConfig
-from .modeling_moe import MoeHeadMixin, MoeModelMixin, MoePreTrainedModelMixin, MoeSparseBlock
+from .modeling_moe import MoeHeadMixin, MoeModelMixin, MoePreTrainedModelMixin
 from .routers import MoeRouter
+from .sparse_block import MoeSparseBlock
 
 
 class MoeBertLayer(BertLayer):

@@ -20,8 +20,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_moe_gpt2 import MoeGPT2Config
-from .modeling_moe import MoeForCausalLMMixin, MoeHeadMixin, MoeModelMixin, MoePreTrainedModelMixin, MoeSparseBlock
+from .modeling_moe import MoeForCausalLMMixin, MoeHeadMixin, MoeModelMixin, MoePreTrainedModelMixin
 from .routers import MoeRouter
+from .sparse_block import MoeSparseBlock
 
 
 class MoeGPT2SparseBlock(MoeSparseBlock):

@@ -8,8 +8,8 @@ from conftest import moe_config, randomize
 from transformers import PreTrainedConfig
 
 from hf_moe import MoeLlamaForCausalLM
-from hf_moe.models.modeling_moe import MoeSparseBlock
 from hf_moe.models.routers import ROUTERS, MoeRouter
+from hf_moe.models.sparse_block import MoeSparseBlock
 
 
 NUM_EXPERTS = 8

@@ -25,7 +25,7 @@ from conftest import (
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_moe.models.modeling_moe import MoeSparseBlock
+from hf_moe.models.sparse_block import MoeSparseBlock
 
 
 NATIVE = {"llama": "Mixtral", "mistral": "Mixtral", "qwen2": "Qwen2Moe", "qwen3": "Qwen3Moe"}

@@ -7,8 +7,8 @@ from router_cases import ALL_CASES, NUM_EXPERTS, build_block, router_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
-from hf_moe.models.modeling_moe import MoeSparseBlock
 from hf_moe.models.routing_context import RoutingContext
+from hf_moe.models.sparse_block import MoeSparseBlock
 
 
 # Operators whose result has a size or a value that the host must know.

@@ -281,6 +281,16 @@ def test_the_second_expert_of_gshard(policy):
         assert_close(share_E, expected_E / expected_E.sum(), 0.05)
 
 
+@pytest.mark.parametrize("before_dropping", [False, True])
+def test_gshard_without_a_capacity_is_mixtrals_router(before_dropping):
+    """Top-2 of a softmax, divided by the sum of the two, whenever that is done."""
+    values = {"capacity_policy": "none", "normalize_router_prob_before_dropping": before_dropping}
+    block = build_block(router_config("gshard", **values))
+    mixtral = build_block(router_config("softmax_topk"))
+    mixtral.load_state_dict(block.state_dict())
+    assert_close(block.train()(hidden()[None]), mixtral(hidden()[None]), 1e-6)
+
+
 def test_switch_starts_truncated_and_routes_in_float32():
     config = router_config("switch", hidden_size=4096, num_experts=64)
     router = ROUTERS["switch"](config, 64)

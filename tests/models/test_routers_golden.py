@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hf_moe.models.capacity import ExpertCapacity
-from hf_moe.models.modeling_moe import MoeSparseBlock
 from hf_moe.models.routers import ROUTERS, MoeRouter
 from hf_moe.models.routing_context import Tokens
+from hf_moe.models.sparse_block import MoeSparseBlock
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -17,8 +17,8 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
-from hf_moe.models.modeling_moe import MoeSparseBlock
 from hf_moe.models.routing_context import RoutingContext
+from hf_moe.models.sparse_block import MoeSparseBlock
 
 
 NUM_EXPERTS, HIDDEN, SIZE = 8, 32, 24  # SIZE is the intermediate size of an expert
@@ -255,6 +255,7 @@ def test_gshard_beside_nllb(before_dropping, batch_prioritized, capacity):
     expected.classifier.weight.data.copy_(block.gate.weight)
     inputs = [hidden().requires_grad_() for _ in range(2)]
     weights_TK, index_TK = block._route(inputs[0])
+    weights_TK = block.gate.finish(weights_TK)
     weights_TE = torch.zeros(21, NUM_EXPERTS + 1).scatter_add(1, index_TK, weights_TK)[:, :NUM_EXPERTS]
     expected_TE = expected(inputs[1].view(-1, HIDDEN))[1]
     assert torch.equal(weights_TE > 0, expected_TE > 0)

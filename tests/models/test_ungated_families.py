@@ -17,7 +17,7 @@ from transformers.models.vit.modeling_vit import ViTMLP
 import hf_moe
 from hf_moe import RoutingRecorder, UpcycleConfig, upcycle_model
 from hf_moe.models.experts import UngatedMoeExperts
-from hf_moe.models.modeling_moe import MoeSparseBlock
+from hf_moe.models.sparse_block import MoeSparseBlock
 
 
 LANGUAGE_MODELS = ("gpt2", "gpt_neox")
