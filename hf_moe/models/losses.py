@@ -22,6 +22,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 
 def count_choices(top_k_index_TK: torch.Tensor, num_experts: int, mask_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -243,3 +244,27 @@ def _shares(counts_E: torch.Tensor) -> torch.Tensor:
 def squared_variation(values_E: torch.Tensor) -> torch.Tensor:
     """The squared coefficient of variation, with the population's variance."""
     return values_E.var(correction=0) / (values_E.mean().square() + 1e-10)
+
+
+def mixtral_balance_loss(
+    router_logits: tuple[torch.Tensor, ...], top_k: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    The balance loss of transformers' Mixtral over all layers; its mean over them where they differ in their number of experts.
+
+    Args:
+        router_logits (`tuple[torch.Tensor, ...]`): Of every layer, `(T, E)`.
+        top_k (`int`): Number of experts per token.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 1 for tokens, 0 for padding.
+
+    Returns:
+        `torch.Tensor` without dimensions, `top_k` if balanced.
+    """
+    by_num_experts: dict[int, list[torch.Tensor]] = {}
+    for logits in router_logits:
+        by_num_experts.setdefault(logits.shape[-1], []).append(logits)
+    losses = [
+        len(group) * load_balancing_loss_func(tuple(group), num_experts, top_k, attention_mask)
+        for num_experts, group in by_num_experts.items()
+    ]
+    return sum(losses) / len(router_logits)

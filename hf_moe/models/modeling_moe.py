@@ -26,12 +26,12 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
 
 from .experts import BiasedMoeExperts, MoeExperts, UngatedMoeExperts
 from .filter_state import FilterStateGenerationMixin
 from .localized_filtering import CausalConvolution, FilterNorm, filter_queries_and_keys
+from .losses import mixtral_balance_loss
 from .routers import MoeRouter
 from .routers_noisy import init_truncated_normal
 from .routing_context import RoutingContext, open_routing, with_routing
@@ -200,7 +200,7 @@ class MoeForCausalLMMixin(FilterStateGenerationMixin):
         if output_router_logits:
             if routing is None:
                 mask = _padding_mask(attention_mask, outputs.last_hidden_state)
-                aux_loss = _mixtral_balance_loss(outputs.router_logits, self.config.num_experts_per_tok, mask)
+                aux_loss = mixtral_balance_loss(outputs.router_logits, self.config.num_experts_per_tok, mask)
             else:
                 aux_loss = _mean(routing.balance_losses, logits)
             if labels is not None:
@@ -288,20 +288,6 @@ def _mean(losses: dict[int, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     """Over the layers, 0 if there is none."""
     zero = torch.zeros((), dtype=torch.float32, device=like.device)
     return sum((loss.to(like.device) for loss in losses.values()), zero) / max(len(losses), 1)
-
-
-def _mixtral_balance_loss(
-    router_logits: tuple[torch.Tensor, ...], top_k: int, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Mixtral's balance loss; where layers differ in their number of experts, its mean over the layers."""
-    by_num_experts: dict[int, list[torch.Tensor]] = {}
-    for logits in router_logits:
-        by_num_experts.setdefault(logits.shape[-1], []).append(logits)
-    losses = [
-        len(group) * load_balancing_loss_func(tuple(group), num_experts, top_k, attention_mask)
-        for num_experts, group in by_num_experts.items()
-    ]
-    return sum(losses) / len(router_logits)
 
 
 def _padding_mask(attention_mask, hidden_states: torch.Tensor) -> torch.Tensor | None:
