@@ -63,6 +63,11 @@ class ExpertCapacity(nn.Module):
         self.zero_expert_tau = config.zero_expert_tau
         self.queues_by_choice = queues_by_choice
 
+    @property
+    def current_factor(self) -> float | None:
+        """The capacity factor of this mode; None if nothing is dropped in it."""
+        return self.factor if self.training else self.eval_factor
+
     def forward(
         self,
         router_logits_TE: torch.Tensor,
@@ -75,7 +80,7 @@ class ExpertCapacity(nn.Module):
             is_padding_T1 = ~tokens.mask_T[:, None]
             top_k_index_TK = top_k_index_TK.masked_fill(is_padding_T1, self.num_experts)
             top_k_weights_TK = top_k_weights_TK.masked_fill(is_padding_T1, 0.0)
-        factor = self.factor if self.training else self.eval_factor
+        factor = self.current_factor
         if factor is None:
             return top_k_weights_TK, top_k_index_TK
         num_groups = tokens.num_groups(self.group, len(top_k_index_TK))

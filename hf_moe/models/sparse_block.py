@@ -86,7 +86,10 @@ class MoeSparseBlock(nn.Module):
     def _route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and experts, of tokens about which more than their hidden states is known."""
         routing, self.routing = self.routing or RoutingContext(), None
-        tokens = routing.tokens(hidden_states, self.layer_index, self.needs)
+        needs = self.needs
+        if self.capacity is not None and self.capacity.current_factor is None:
+            needs = needs - {"mask_T"}  # padding takes no room from anybody
+        tokens = routing.tokens(hidden_states, self.layer_index, needs)
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits_TE, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH, tokens)
         if "previous_logits_TE" in self.needs:

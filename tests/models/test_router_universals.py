@@ -419,6 +419,20 @@ def test_generation_with_a_cache_is_a_full_pass(case, batch):
         assert torch.equal(logits[:, step - 1].argmax(-1)[is_going_on], ids[:, step][is_going_on])
 
 
+def test_a_static_cache_gives_the_same(case, batch):
+    """Where padding decides about nothing; else it is refused."""
+    made = build_model(case)
+    given = with_routing_inputs(batch, made)
+    given.pop("labels"), given.pop("position_ids")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    if ALL_CASES[case]["router_type"] == "expert_choice":
+        with pytest.raises(ValueError, match="static cache makes masks of another shape"):
+            made.generate(**given, **options, **static)
+        return
+    assert torch.equal(made.generate(**given, **options, **static), made.generate(**given, **options))
+
+
 def test_router_alone_needs_no_block(case):
     """With the arguments of a router of transformers, where it asks for nothing else."""
     config = router_config(case)
