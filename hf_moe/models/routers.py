@@ -13,7 +13,7 @@
 # limitations under the License.
 """Routers: which experts serve a token, and with what weight.
 
-`ROUTERS` is the table from `config.router_type` to a class. [`MoeRouter`] is the base class that recorders and
+`ROUTERS` is the table from `config.router_type` to a class, `build_router` makes the one of a layer. [`MoeRouter`] is the base class that recorders and
 initialisers look for; what a router does is said by the `contract` of its class.
 """
 
@@ -52,3 +52,11 @@ ROUTERS: dict[str, type[MoeRouter]] = {
     "modality": ModalityRouter,
     "hierarchical": HierarchicalRouter,
 }
+
+
+def build_router(config, num_experts: int, layer_index: int) -> MoeRouter:
+    """The router of a sparse layer with this many feed-forwards."""
+    router = ROUTERS[config.router_type](config, num_experts)
+    if "sparse" not in config.mlp_layer_types[:layer_index]:
+        router.residual_weight = None  # there is no router before it, and nothing may stay without a gradient
+    return router

@@ -23,6 +23,7 @@ from torch import nn
 
 from .capacity import ExpertCapacity
 from .experts import SharedExpert, build_experts
+from .routers import build_router
 from .routing_context import RoutingContext
 from .zero_experts import ZeroComputationExperts
 
@@ -41,7 +42,7 @@ class MoeSparseBlock(nn.Module):
         self.layer_index = layer_index
         self.num_experts = num_experts  # feed-forwards; with expert parallelism `experts` holds some of them
         self.jitter_noise = config.router_jitter_noise if router_class.jitters_block else 0.0
-        self.gate = router_class(config, num_experts)
+        self.gate = build_router(config, num_experts, layer_index)
         self.capacity = None
         # CODEPATH: with a capacity Switch and GShard, without Mixtral and DeepSeek
         if config.has_capacity:

@@ -204,7 +204,7 @@ class _SparseStep:
         if self.plan.target.native:
             return {}
         block = f"{self.layer}{self.layout.block}."
-        shapes = router_shapes(self.plan.config, self.context.num_experts)
+        shapes = router_shapes(self.plan.config, self.context.num_experts, self.context.layer_index)
         return {f"{block}{name}": (dtype, tuple(shape)) for name, (dtype, shape) in shapes.items()}
 
     def _added(self) -> dict[str, torch.Tensor]:

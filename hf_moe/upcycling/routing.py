@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..models.configuration_routing import RoutingConfigMixin
-from ..models.routers import ROUTERS, MoeRouter
+from ..models.routers import ROUTERS, MoeRouter, build_router
 from ..models.zero_experts import ZeroComputationExperts
 from .feed_forward import LayerContext
 from .router_init import RouterInput, normal
@@ -99,10 +99,12 @@ def router_class(config: PreTrainedConfig) -> type[MoeRouter]:
     return ROUTERS[config.router_type]
 
 
-def router_shapes(config: PreTrainedConfig, num_experts: int) -> dict[str, tuple[torch.dtype, torch.Size]]:
+def router_shapes(
+    config: PreTrainedConfig, num_experts: int, layer_index: int
+) -> dict[str, tuple[torch.dtype, torch.Size]]:
     """By name within the block: type, float32 standing for that of the weights, and shape of what routes in hf_moe's block."""
     with torch.device("meta"):
-        modules = _modules(config, num_experts)
+        modules = _modules(config, num_experts, layer_index)
     return {
         f"{prefix}.{name}": (tensor.dtype, tensor.shape)
         for prefix, module in modules.items()
@@ -129,7 +131,7 @@ def router_tensors(
     """
     is_zero = context.recipe.router_init == "zero"
     std = 0.0 if is_zero else context.recipe.router_logit_std / router_input.length
-    modules = _modules(config, context.num_experts)
+    modules = _modules(config, context.num_experts, context.layer_index)
     seed = int(torch.randint(2**62, (), generator=context.generator(0, "router_tensors")))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,8 +158,8 @@ def router_tensors(
     }
 
 
-def _modules(config: PreTrainedConfig, num_experts: int) -> dict[str, Any]:
-    modules: dict[str, Any] = {"gate": router_class(config)(config, num_experts)}
+def _modules(config: PreTrainedConfig, num_experts: int, layer_index: int) -> dict[str, Any]:
+    modules: dict[str, Any] = {"gate": build_router(config, num_experts, layer_index)}
     if config.num_zero_computation_experts:
         modules["zero_experts"] = ZeroComputationExperts(config, num_experts)
     return modules

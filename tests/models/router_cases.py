@@ -77,7 +77,7 @@ def build_router(config: PreTrainedConfig, seed: int = 0) -> MoeRouter:
 
 def build_block(config: PreTrainedConfig, seed: int = 0) -> MoeSparseBlock:
     """A sparse block in which every parameter and buffer matters."""
-    block = MoeSparseBlock(config, config.num_experts)
+    block = MoeSparseBlock(config, config.num_experts, layer_index=1)
     torch.manual_seed(seed)
     block.gate.init_weights(0.2)
     randomize(block, seed)

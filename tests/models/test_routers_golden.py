@@ -245,7 +245,7 @@ def test_moepp():
         moe_intermediate_size=16,
         hidden_act="tanh",
     )
-    block = MoeSparseBlock(config, 4).eval()
+    block = MoeSparseBlock(config, 4, layer_index=1).eval()
     block.experts.config._experts_implementation = "eager"
     block.experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0].tanh()
     block.gate.weight.copy_(tensors["w.moe.gate.wg.weight"])
