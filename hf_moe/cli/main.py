@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from .bench import bench
 from .bench_balance import balance
 from .bench_lora import lora
+from .bench_routers import routers
 from .doctor import doctor
 from .edit import collapse, expand, extract, insert, merge, prune
 from .evaluate import evaluate
@@ -77,6 +78,13 @@ bench.command(
 bench.command("balance", epilog=_epilog("hf-moe bench balance", "hf-moe bench balance --interval 10 --runs 21"))(
     balance
 )
+bench.command(
+    "routers",
+    epilog=_epilog(
+        "hf-moe bench routers",
+        "hf-moe bench routers --router switch --router gshard --size 1024x512x32x4 --tokens 2048",
+    ),
+)(routers)
 app.add_group(bench, name="bench")
 
 
