@@ -125,13 +125,8 @@ def hf_moe(config: Any, modality_T: torch.Tensor, input_ids_T: torch.Tensor, dty
         return RoutingContext(input_ids=input_ids_T[None], mm_token_type_ids=modality_T[None])
 
     def route(hidden):
-        # As the block does it.
-        if not block.needs:
-            _, weights_TK, index_TK = block.gate(hidden.reshape(-1, hidden.shape[-1]))
-        else:
-            block.routing = context()
-            weights_TK, index_TK = block._route(hidden)
-        return block.gate.finish(weights_TK), index_TK
+        block.routing = context() if block.needs else None
+        return block.route(hidden)
 
     def run(hidden):
         block.routing = context() if block.needs else None

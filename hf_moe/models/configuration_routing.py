@@ -232,10 +232,40 @@ class RoutingConfigMixin:
                 raise ValueError(
                     f"`num_experts_per_modality` {parts} must leave every modality `num_experts_per_tok` ({self.num_experts_per_tok}) experts."
                 )
+            if self.n_group > 1:
+                raise ValueError(
+                    "`num_experts_per_modality` and `n_group` cannot go together: the best groups of a token could hold experts of another "
+                    "modality. Leave one of them out."
+                )
+            if self.router_residual:
+                raise ValueError(
+                    "`num_experts_per_modality` and `router_residual` cannot go together: a layer would see the logits of experts that the "
+                    "layer before did not have for the token. Leave one of them out."
+                )
+            if self.capacity_policy == "recycle":
+                raise ValueError(
+                    "`capacity_policy='recycle'` sends tokens to any expert with room, and `num_experts_per_modality` allows a token only some. "
+                    "Choose another policy."
+                )
+        if self.capacity_policy == "recycle":
+            self._validate_recycle()
         if self.router_residual and len(set(self.counts_of_experts)) > 1:
             raise ValueError("`router_residual` needs the same number of experts in all layers.")
         if self.routing_needs and getattr(self, "chunk_size_feed_forward", 0):
             raise ValueError(
                 f"router_type={self.router_type!r} sees tokens together, so that `chunk_size_feed_forward` must be 0, got "
                 f"{self.chunk_size_feed_forward}."
+            )
+
+    def _validate_recycle(self):
+        if self.n_group > 1 or self.router_class.divides_by_top_k:
+            raise ValueError(
+                f"`capacity_policy='recycle'` sends tokens to any expert with room, and router_type={self.router_type!r} chooses them in "
+                "groups. Choose another policy."
+            )
+        reads_norm = "norm_topk_prob" in self.router_class.options
+        if self.num_experts_per_tok == 1 and reads_norm and self.norm_topk_prob:
+            raise ValueError(
+                "`capacity_policy='recycle'` with one expert per token needs `norm_topk_prob=False`: divided by its sum the single weight is "
+                "always 1, and the router would get no gradient."
             )

@@ -196,7 +196,9 @@ def z_loss(logits_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch
 def entropy_loss(scores_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> torch.Tensor:
     """The mean entropy of a token's scores in nats, which keeps the number of experts small in dynamic routing
     (https://huggingface.co/papers/2403.07652); 0 if every token is sure."""
-    return masked_mean(torch.special.entr(scores_TE).sum(-1, keepdim=True), mask_T)[0]
+    # The derivative of p log p at 0 is infinite, and no expert there can be made likelier by it.
+    terms_TE = scores_TE * scores_TE.clamp(min=torch.finfo(scores_TE.dtype).tiny).log()
+    return -masked_mean(terms_TE.sum(-1, keepdim=True), mask_T)[0]
 
 
 def sparsity_loss(
@@ -214,7 +216,7 @@ def masked_mean(values_TE: torch.Tensor, mask_T: torch.Tensor | None = None) -> 
     if mask_T is None:
         return values_TE.mean(0)
     mask_T = mask_T.to(values_TE.dtype)
-    return torch.mv(values_TE.T, mask_T) / mask_T.sum().clamp(min=1)
+    return (values_TE * mask_T[:, None]).sum(0) / mask_T.sum().clamp(min=1)
 
 
 def scores_of(logits_TE: torch.Tensor, score: str) -> torch.Tensor:

@@ -96,6 +96,9 @@ class MoeRouter(nn.Module, ABC):
         self.num_experts = num_experts + self.num_zero_computation_experts
         self.zero_expert_tau = config.zero_expert_tau
         self.leaves_slots_empty = self.has_variable_top_k
+        self.divides_after_dropping = (
+            False  # whether the block divides the weights that a capacity leaves by their sum
+        )
         self.top_k = config.num_experts_per_tok
         self.weight = self.build_weight(config)
         # CODEPATH: DeepSeek-V3 has one, Mixtral and Qwen-MoE have none
@@ -140,6 +143,10 @@ class MoeRouter(nn.Module, ABC):
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits_TE = self.compute_logits(hidden_states_TH, tokens)
         top_k_weights_TK, top_k_index_TK = self.choose(router_logits_TE, tokens)
+        if tokens is not None and tokens.wants_balance_loss:
+            tokens.balance_loss = self.balance_loss(
+                hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens
+            )
         return router_logits_TE, top_k_weights_TK, top_k_index_TK
 
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
@@ -152,10 +159,6 @@ class MoeRouter(nn.Module, ABC):
     @abstractmethod
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         """`(T, K)` weights and `(T, K)` experts."""
-
-    def finish(self, top_k_weights_TK: torch.Tensor) -> torch.Tensor:
-        """The weights once it is known which slots are dropped."""
-        return top_k_weights_TK
 
     def balance_loss(
         self,
@@ -197,11 +200,12 @@ class MoeRouter(nn.Module, ABC):
         return scores_TE.gather(-1, index_TK), index_TK
 
     def for_choice(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        """The scores plus the selection bias; -inf where the expert is of another modality, whose score is 0."""
-        if self.e_score_correction_bias is None:
-            return scores_TE
-        biased_TE = scores_TE + self.e_score_correction_bias
-        return biased_TE if self.experts_per_modality is None else biased_TE.masked_fill(scores_TE == 0, -torch.inf)
+        """The scores plus the selection bias."""
+        return scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
+
+    def of_other_modality(self, logits_TE: torch.Tensor) -> torch.Tensor | None:
+        """`(T, E)`: which experts a token may not have; None if there are no modalities."""
+        return None if self.experts_per_modality is None else logits_TE == -torch.inf
 
     def _of_modality(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         if tokens is None or tokens.modality_T is None:

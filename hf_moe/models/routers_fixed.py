@@ -69,16 +69,17 @@ class HashRouter(MoeRouter):
     def validate(config) -> None:
         if getattr(config, "vocab_size", None) is None:
             raise ValueError("router_type='hash' routes by token id, and this model has no vocabulary.")
-        if config.num_experts % config.num_hash_domains:
-            raise ValueError(
-                f"`num_experts` ({config.num_experts}) must be a multiple of `num_hash_domains` ({config.num_hash_domains}), of which each "
-                "has experts of its own."
-            )
-        if config.num_experts_per_tok > config.num_experts // config.num_hash_domains:
-            raise ValueError(
-                f"A domain has {config.num_experts // config.num_hash_domains} experts (`num_experts` / `num_hash_domains`), fewer than "
-                f"`num_experts_per_tok` ({config.num_experts_per_tok})."
-            )
+        for count in config.counts_of_experts:
+            if count % config.num_hash_domains:
+                raise ValueError(
+                    f"The number of experts of every layer ({count}) must be a multiple of `num_hash_domains` ({config.num_hash_domains}), of "
+                    "which each has experts of its own."
+                )
+            if config.num_experts_per_tok > count // config.num_hash_domains:
+                raise ValueError(
+                    f"A domain has {count // config.num_hash_domains} experts (of {count}, with `num_hash_domains`={config.num_hash_domains}), "
+                    f"fewer than `num_experts_per_tok` ({config.num_experts_per_tok})."
+                )
 
     @staticmethod
     def weight_sum(config, num_experts: int) -> float | None:
@@ -99,6 +100,10 @@ class HashRouter(MoeRouter):
         if tokens is None or tokens.input_ids_T is None:
             raise ValueError(
                 "router_type='hash' routes by token id: call the model with `input_ids`, not `inputs_embeds`."
+            )
+        if tokens.input_ids_T.shape != hidden_states_TH.shape[:1]:
+            raise ValueError(
+                f"router_type='hash' got {len(tokens.input_ids_T)} token ids for {len(hidden_states_TH)} tokens. Call the model with `input_ids` alone."
             )
         if tokens.domain_T is None:
             if self.num_domains > 1:

@@ -180,8 +180,9 @@ def _first_of_groups(num_groups: int, num_experts: int, like: torch.Tensor) -> t
 
 
 def _refuse_remainder(config, field: str, divisor: int) -> None:
-    if config.num_experts % divisor:
-        raise ValueError(
-            f"router_type={config.router_type!r} divides the experts into `{field}` equal parts: `num_experts` ({config.num_experts}) must be "
-            f"a multiple of `{field}` ({divisor})."
-        )
+    for count in config.counts_of_experts:
+        if count % divisor:
+            raise ValueError(
+                f"router_type={config.router_type!r} divides the experts into `{field}` equal parts: the number of experts of every layer "
+                f"({count}) must be a multiple of `{field}` ({divisor})."
+            )

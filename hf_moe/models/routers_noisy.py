@@ -213,6 +213,7 @@ class GShardRouter(MoeRouter):
         super().__init__(config, num_experts)
         self.second_expert_policy = config.second_expert_policy
         self.normalizes_before_dropping = config.normalize_router_prob_before_dropping
+        self.divides_after_dropping = not self.normalizes_before_dropping
         self.leaves_slots_empty = config.second_expert_policy == "random"
 
     @staticmethod
@@ -246,12 +247,6 @@ class GShardRouter(MoeRouter):
             weights_TK = weights_TK.masked_fill(is_left_out_TK, 0.0)
             top_2_index_TK = top_2_index_TK.masked_fill(is_left_out_TK, self.num_experts)
         return weights_TK, top_2_index_TK
-
-    def finish(self, top_k_weights_TK: torch.Tensor) -> torch.Tensor:
-        if self.normalizes_before_dropping:
-            return top_k_weights_TK
-        sums_T1 = top_k_weights_TK.sum(dim=-1, keepdim=True)
-        return top_k_weights_TK / sums_T1.clamp(min=torch.finfo(sums_T1.dtype).eps)
 
     def balance_loss(self, hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens: Tokens):
         first_T1 = top_k_index_TK[:, :1]

@@ -67,7 +67,7 @@ class SigmoidTopKRouter(MoeRouter):
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = wide(logits_TE).sigmoid()
-        is_excluded_TE = None
+        is_excluded_TE = self.of_other_modality(logits_TE)
         if self.num_groups > 1:
             in_group_TGE = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
             in_group_TG = in_group_TGE.topk(min(2, in_group_TGE.shape[-1]), dim=-1).values.sum(-1)
@@ -107,7 +107,7 @@ class Llama4Router(MoeRouter):
         self.float32_logits = config.router_dtype == "float32"
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        top_k_logits_TK, top_k_index_TK = self.largest(logits_TE, self.top_k)
+        top_k_logits_TK, top_k_index_TK = self.largest(logits_TE, self.top_k, self.of_other_modality(logits_TE))
         return wide(top_k_logits_TK).sigmoid(), top_k_index_TK
 
 

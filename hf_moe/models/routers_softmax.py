@@ -33,6 +33,7 @@ from .router_base import (
 from .routing_context import Tokens
 
 
+MIN_STD = 1e-6  # of logits that are brought to a standard deviation
 ENTROPY_RATIO = 1e-2  # the coefficient of dynamic routing's entropy, relative to that of its balance loss
 
 
@@ -116,7 +117,7 @@ class SoftmaxTopKRouter(MoeRouter):
         return config.routed_scaling_factor * share
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE, is_excluded_TE = wide_softmax(logits_TE), None
+        scores_TE, is_excluded_TE = wide_softmax(logits_TE), self.of_other_modality(logits_TE)
         if self.num_groups > 1:
             in_group_TG = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1)).amax(-1)
             is_excluded_TE = ~in_best_groups(in_group_TG, self.topk_group, self.num_experts)
@@ -185,7 +186,9 @@ class NormalizedLogitsRouter(SoftmaxTopKRouter):
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         logits_TE = super().compute_logits(hidden_states_TH, tokens)
         centered_TE = logits_TE - logits_TE.mean(-1, keepdim=True)
-        return self.scale * centered_TE / centered_TE.std(-1, keepdim=True).clamp(min=1e-6)
+        std_T1 = centered_TE.std(-1, keepdim=True)
+        # Where all logits tie there is nothing to stretch, and dividing would only make their gradient a million times as large.
+        return self.scale * centered_TE / torch.where(std_T1 > MIN_STD, std_T1, 1.0)
 
     def balance_loss(self, hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens: Tokens):
         if self.num_zero_computation_experts:
@@ -225,7 +228,7 @@ class AttentionRouter(SoftmaxTopKRouter):
             self.linear(hidden_states_TH, weight) for weight in (self.query, self.key, self.weight)
         )
         attention_TEE = torch.softmax(query_TE[:, :, None] * key_TE[:, None, :], dim=-1)
-        return (attention_TEE @ value_TE[:, :, None]).squeeze(-1)
+        return (attention_TEE * value_TE[:, None, :]).sum(-1)  # no matrix product, which autocast would round
 
 
 class TopPRouter(MoeRouter):

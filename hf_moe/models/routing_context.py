@@ -46,6 +46,8 @@ class Tokens:
         modality_T (`torch.Tensor` of shape `(T,)`, *optional*): 0 for text, 1 and above for other modalities.
         domain_T (`torch.Tensor` of shape `(T,)`, *optional*): Domains.
         previous_logits_TE (`torch.Tensor` of shape `(T, E)`, *optional*): Router logits of the sparse layer before.
+        wants_balance_loss (`bool`): Whether the router is to leave its balance loss here.
+        balance_loss (`torch.Tensor`, *optional*): The loss.
     """
 
     batch_size: int
@@ -54,6 +56,8 @@ class Tokens:
     modality_T: torch.Tensor | None = None
     domain_T: torch.Tensor | None = None
     previous_logits_TE: torch.Tensor | None = None
+    wants_balance_loss: bool = False
+    balance_loss: torch.Tensor | None = None
 
     def num_groups(self, group: str | int, num_tokens: int) -> int:
         """Into how many groups of consecutive tokens `"batch"`, `"sequence"` or a number of tokens divides these."""
@@ -98,7 +102,7 @@ class RoutingContext:
         """What the layer must know of its `(B, S, H)` tokens, `needs` being fields of [`Tokens`]."""
         batch_size, device = hidden_states.shape[0], hidden_states.device
         length = hidden_states.shape[:-1].numel() // batch_size
-        tokens = Tokens(batch_size)
+        tokens = Tokens(batch_size, wants_balance_loss=self.wants_balance_losses)
         if "mask_T" in needs or self.wants_balance_losses:
             mask_BS = self.mask(length, device)
             tokens.mask_T = None if mask_BS is None else mask_BS.reshape(-1)
@@ -133,9 +137,10 @@ class RoutingContext:
             self.without_gradient.add(layer_index)
 
     def _logits_before(self, layer_index: int, device: torch.device) -> torch.Tensor | None:
-        before = max((index for index in self.router_logits if index < layer_index), default=None)
-        if before is None:
+        earlier = [index for index in self.router_logits if index < layer_index]
+        if not earlier:
             return None
+        before = max(earlier)
         if torch.is_grad_enabled() and before in self.without_gradient:
             raise ValueError(
                 "`router_residual` adds the router logits of the layer before, which have no gradient here, because reentrant gradient "
@@ -150,7 +155,7 @@ class RoutingContext:
             raise ValueError(
                 f"`domain_ids` must have one domain per sequence, shape ({batch_size},), got {tuple(self.domain_ids.shape)}."
             )
-        return self.domain_ids.to(device).repeat_interleave(length)
+        return self.domain_ids.to(device).repeat_interleave(length, output_size=batch_size * length)
 
     def _modality(self, batch_size: int, length: int, device: torch.device) -> torch.Tensor | None:
         if self.mm_token_type_ids is None:

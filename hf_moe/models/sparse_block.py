@@ -63,6 +63,7 @@ class MoeSparseBlock(nn.Module):
         # A slot may be empty, so that only the others are worth computing.
         has_other_slots = self.capacity is not None or self.zero_experts is not None
         self.has_empty_slots = has_other_slots or self.gate.leaves_slots_empty
+        self.divides_after_dropping = self.gate.divides_after_dropping
         self.needs = config.routing_needs
         self.routing: RoutingContext | None = None  # of the forward pass at hand
 
@@ -71,11 +72,7 @@ class MoeSparseBlock(nn.Module):
             noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             hidden_states = hidden_states * noise
         hidden_states_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not self.needs and self.routing is None:
-            _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH)
-        else:
-            top_k_weights_TK, top_k_index_TK = self._route(hidden_states)
-        top_k_weights_TK = self.gate.finish(top_k_weights_TK)
+        top_k_weights_TK, top_k_index_TK = self.route(hidden_states)
         output_TH = self._run_experts(hidden_states_TH, top_k_index_TK, top_k_weights_TK)
         if self.shared_expert is not None:
             shared_output_TH = self.shared_expert(hidden_states_TH)
@@ -84,8 +81,18 @@ class MoeSparseBlock(nn.Module):
             output_TH = output_TH + shared_output_TH
         return output_TH.reshape(hidden_states.shape)
 
-    def _route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and experts, of tokens about which more than their hidden states is known."""
+    def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(T, K)` weights and `(T, K)` experts, after what a capacity drops."""
+        if not self.needs and self.routing is None:
+            _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        else:
+            top_k_weights_TK, top_k_index_TK = self._route_with_context(hidden_states)
+        if self.divides_after_dropping:
+            sums_T1 = top_k_weights_TK.sum(dim=-1, keepdim=True)
+            top_k_weights_TK = top_k_weights_TK / sums_T1.clamp(min=torch.finfo(sums_T1.dtype).eps)
+        return top_k_weights_TK, top_k_index_TK
+
+    def _route_with_context(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         routing, self.routing = self.routing or RoutingContext(), None
         needs = self.needs
         if self.capacity is not None and self.capacity.current_factor is None:
@@ -95,10 +102,8 @@ class MoeSparseBlock(nn.Module):
         router_logits_TE, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states_TH, tokens)
         if "previous_logits_TE" in self.needs:
             routing.keep_logits(self.layer_index, router_logits_TE)
-        if routing.wants_balance_losses:
-            routing.balance_losses[self.layer_index] = self.gate.balance_loss(
-                hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens
-            )
+        if tokens.balance_loss is not None:
+            routing.balance_losses[self.layer_index] = tokens.balance_loss
         if self.capacity is not None:
             top_k_weights_TK, top_k_index_TK = self.capacity(
                 router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens

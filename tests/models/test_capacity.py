@@ -122,23 +122,19 @@ def test_recycled_slots_are_spread_over_the_free_places():
 
 
 def test_top_1_keeps_its_weight_so_that_the_router_learns():
-    """Divided by its sum a single weight is 1, and its gradient 0."""
-    gradients = {}
-    for norm_topk_prob in (False, True):
-        block = build_block(
-            router_config(
-                "softmax_topk",
-                num_experts_per_tok=1,
-                norm_topk_prob=norm_topk_prob,
-                capacity_policy="recycle",
-                capacity_factor=1.0,
-                min_capacity=1,
-            )
-        ).train()
-        torch.manual_seed(0)
-        block(torch.randn(2, 24, 32)).square().sum().backward()
-        gradients[norm_topk_prob] = block.gate.weight.grad.abs().max()
-    assert gradients[False] > 1e-2
+    """Divided by its sum a single weight is 1, and its gradient 0: refused."""
+    values = {"num_experts_per_tok": 1, "capacity_policy": "recycle", "capacity_factor": 1.0, "min_capacity": 1}
+    block = build_block(router_config("softmax_topk", norm_topk_prob=False, **values)).train()
+    block(torch.randn(2, 24, 32)).square().sum().backward()
+    assert block.gate.weight.grad.abs().max() > 1e-2
+    with pytest.raises(Exception, match="needs `norm_topk_prob=False`"):
+        router_config("softmax_topk", **values)
+
+
+@pytest.mark.parametrize("case", ["grouped", "prototypes", "hierarchical", "modality"])
+def test_recycle_is_refused_where_a_token_may_not_have_any_expert(case):
+    with pytest.raises(Exception, match="capacity_policy"):
+        router_config(case, capacity_policy="recycle")
 
 
 def test_zero_computation_experts_have_room_of_their_own():

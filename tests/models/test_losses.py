@@ -194,3 +194,13 @@ def test_heterogeneous_loss():
     for seed in range(20):
         other = torch.randn(6, generator=torch.Generator().manual_seed(seed)).softmax(-1)
         assert losses.heterogeneous_loss(other[None], other, 4, tau) >= at_best
+
+
+def test_certain_tokens_have_a_gradient_of_entropy():
+    """Scores of 0 are what the loss wants: the derivative of p log p must not be infinite there."""
+    logits_TE = torch.tensor([[0.0, 200.0, -torch.inf], [1.0, 2.0, 3.0]], requires_grad=True)
+    losses.entropy_loss(logits_TE.softmax(-1)).backward()
+    assert logits_TE.grad.isfinite().all()
+    exact = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    torch.distributions.Categorical(logits=exact).entropy().sum().backward()
+    assert_close(logits_TE.grad[1], exact.grad[0] / 2, 1e-5)

@@ -81,7 +81,7 @@ def operators_of_routing(config: PreTrainedConfig) -> OperatorNames:
     block, hidden_states = training_block(config)
     routing = block.routing
     with OperatorNames() as operators:
-        weights_TK, _ = block._route(hidden_states)
+        weights_TK, _ = block.route(hidden_states)
         outputs = [weights_TK.sum(), *routing.balance_losses.values()]
         for output in outputs:
             if output.requires_grad:

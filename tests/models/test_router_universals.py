@@ -82,6 +82,20 @@ def test_contract(case):
         assert len(set(chosen)) == len(chosen), "no expert twice"
 
 
+def test_float32_under_autocast(case):
+    """Of those that say so: neither logits nor weights are rounded where the model computes in bfloat16."""
+    block = build_block(router_config(case))
+    if not block.gate.float32_logits:
+        return
+    states = hidden()
+    expected = block.gate(states, tokens(block, states))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = block.gate(states, tokens(block, states))
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[2], expected[2])
+
+
 def naive(block, hidden_states: torch.Tensor) -> torch.Tensor:
     """The block, one slot of one token after the other."""
     known = tokens(block, hidden_states)
@@ -89,7 +103,8 @@ def naive(block, hidden_states: torch.Tensor) -> torch.Tensor:
     logits_TE, weights_TK, index_TK = block.gate(hidden_TH, known)
     if block.capacity is not None:
         weights_TK, index_TK = block.capacity(logits_TE, weights_TK, index_TK, known)
-    weights_TK = block.gate.finish(weights_TK)
+    if block.divides_after_dropping:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-9)
     zero = block.zero_experts
     num_constant, num_copy = (0, 0) if zero is None else (zero.num_constant, zero.num_copy)
     rows = []

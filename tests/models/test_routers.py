@@ -134,10 +134,18 @@ def test_a_larger_scale_lets_the_best_expert_stand_out():
 
 
 def test_equal_logits_are_not_divided_by_zero():
-    router = build_router(router_config("normalized_logits"))
-    with torch.no_grad():
-        router.weight.zero_()
-    assert all(tensor.isfinite().all() for tensor in router(hidden()))
+    """Nor do they get a gradient that is out of all proportion."""
+    router = build_router(router_config("normalized_logits", norm_topk_prob=False))
+    norms = []
+    for scale in (1.0, 0.0):
+        router.weight.grad = None
+        with torch.no_grad():
+            router.weight.mul_(scale)
+        outputs = router(hidden())
+        assert all(tensor.isfinite().all() for tensor in outputs)
+        outputs[1][:, 0].sum().backward()
+        norms.append(router.weight.grad.norm())
+    assert norms[1] < 10 * norms[0]
 
 
 # --- Top-p -----------------------------------------------------------------------------------------------------------
@@ -406,6 +414,39 @@ def test_modalities_share_no_expert_whatever_the_router(router_type):
     index_TK = router(hidden(), Tokens(batch_size=1, modality_T=modality_T))[2]
     for index_K, modality in zip(index_TK.tolist(), modality_T.tolist(), strict=True):
         assert all(expert == 8 or (expert < 5) == (modality == 0) for expert in index_K)
+
+
+@pytest.mark.parametrize("router_type", ["llama4", "softmax_topk", "sigmoid_topk"])
+def test_logits_of_zero_are_not_those_of_other_modalities(router_type):
+    """A router of zeros, and a selection bias that prefers the other modality."""
+    values = {"num_experts_per_modality": [5, 3], "use_expert_bias": True, "n_group": 1, "topk_group": 1}
+    router = build_router(router_config(router_type, **values))
+    with torch.no_grad():
+        router.weight.zero_(), router.e_score_correction_bias.copy_(torch.tensor([0.0] * 5 + [9.0] * 3))
+    assert (router(hidden())[2] < 5).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"router_type": "softmax_topk", "n_group": 2, "num_experts_per_modality": [4, 4]},
+            "n_group` cannot go together",
+        ),
+        ({"router_residual": True, "num_experts_per_modality": [4, 4]}, "router_residual` cannot go together"),
+        (
+            {"router_type": "hash", "num_hash_domains": 4, "num_experts_per_layer": [8, 6, 8]},
+            r"every layer \(6\) must be a multiple",
+        ),
+        (
+            {"router_type": "prototypes", "num_experts_per_tok": 4, "num_experts_per_layer": [8, 6, 8]},
+            r"\(6\) must be a multiple",
+        ),
+    ],
+)
+def test_configurations_that_are_refused(values, message):
+    with pytest.raises(Exception, match=message):
+        moe_config("llama", **{"num_experts": 8, **values})
 
 
 def test_inputs_that_no_router_reads_are_refused(batch):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from conftest import FAMILIES, UNGATED_FAMILIES, assert_close, moe_model
@@ -54,6 +55,28 @@ def test_images_have_no_padding():
     output.last_hidden_state.sum().backward()
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
     assert all(gate.weight.grad.isfinite().all() for gate in gates)
+
+
+@pytest.mark.parametrize("kind", ["target_parameters", "modules_to_save"])
+@pytest.mark.parametrize(
+    "case", ["softmax_topk", "noisy_topk", "gshard", "switch", "attention", "zero-computation experts"]
+)
+def test_routers_that_peft_wraps(case, kind, batch):
+    """The same at first; then the loss and the balance loss train what was added."""
+    base = build_model(case, router_aux_loss_coef=1.0)
+    given = with_routing_inputs(batch, base)
+    expected = base(**given, output_router_logits=True)
+    names = {"target_parameters": ["mlp.gate.weight"], "modules_to_save": ["gate"]}[kind]
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], **{kind: names})
+    model = peft.get_peft_model(build_model(case, router_aux_loss_coef=1.0), config)
+    actual = model.eval()(**given, output_router_logits=True)
+    assert_close(actual.logits, expected.logits, 1e-6)
+    assert_close(actual.aux_loss, expected.aux_loss, 1e-6)
+    model.train()(**given, output_router_logits=True).aux_loss.backward()
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if ".gate." in name and parameter.requires_grad
+    }
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained.values())
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

@@ -178,7 +178,9 @@ def drop(config, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weights_TK, index_TK = router.choose(logits_TE, tokens)
     loss = router.balance_loss(logits_TE, logits_TE, weights_TK, index_TK, tokens)
     weights_TK, index_TK = capacity(logits_TE, weights_TK, index_TK, tokens)
-    return dense_weights(router.finish(weights_TK), index_TK, config.num_experts), loss
+    if router.divides_after_dropping:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+    return dense_weights(weights_TK, index_TK, config.num_experts), loss
 
 
 def test_gshard():

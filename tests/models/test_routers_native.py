@@ -224,7 +224,7 @@ def test_switch_beside_transformers(capacity):
     mask_BSE, probability_BS1, logits_BSE = expected(hidden())
     routing = RoutingContext()
     block.routing = routing
-    weights_TK, index_TK = block._route(hidden())
+    weights_TK, index_TK = block.route(hidden())
     is_kept_BS = mask_BSE.bool().any(-1)
     assert torch.equal(index_TK.view(3, 7) < NUM_EXPERTS, is_kept_BS)
     assert torch.equal(index_TK.view(3, 7)[is_kept_BS], logits_BSE.argmax(-1)[is_kept_BS])
@@ -254,8 +254,7 @@ def test_gshard_beside_nllb(before_dropping, batch_prioritized, capacity):
     ).train()
     expected.classifier.weight.data.copy_(block.gate.weight)
     inputs = [hidden().requires_grad_() for _ in range(2)]
-    weights_TK, index_TK = block._route(inputs[0])
-    weights_TK = block.gate.finish(weights_TK)
+    weights_TK, index_TK = block.route(inputs[0])
     weights_TE = torch.zeros(21, NUM_EXPERTS + 1).scatter_add(1, index_TK, weights_TK)[:, :NUM_EXPERTS]
     expected_TE = expected(inputs[1].view(-1, HIDDEN))[1]
     assert torch.equal(weights_TE > 0, expected_TE > 0)
