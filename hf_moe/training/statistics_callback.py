@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -63,6 +64,7 @@ class RouterStatisticsCallback(MoeCallback):
     def __init__(self, per_layer: bool = False, folder: str | Path | None = None):
         self.per_layer, self.folder = per_layer, None if folder is None else str(folder)
         self._hooks: RouterHooks | None = None
+        self._handles: list[RemovableHandle] = []
         super().__init__(per_layer=per_layer, folder=self.folder)
 
     def reset(self) -> None:

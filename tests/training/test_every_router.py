@@ -192,7 +192,7 @@ def test_padding_where_a_router_sees_a_part_of_the_tokens(caplog):
     mask[1, :2] = 0
     arguments = {"inputs_embeds": embeds, "attention_mask": mask, "use_cache": False}
     with RoutingRecorder(model) as recorder, torch.no_grad(), caplog.at_level("WARNING"):
-        model(**arguments, mm_token_type_ids=is_image)
+        model(**arguments, moe_mm_token_type_ids=is_image)
     assert {layer.num_tokens for name, layer in recorder.statistics().layers.items() if "text_moe" in name} == {10}
     assert {layer.num_tokens for name, layer in recorder.statistics().layers.items() if "vision_moe" in name} == {4}
     with RoutingRecorder(model) as recorder, torch.no_grad():
@@ -200,7 +200,7 @@ def test_padding_where_a_router_sees_a_part_of_the_tokens(caplog):
     assert {layer.num_tokens for layer in recorder.statistics().layers.values()} == {12}
     LoadBalancer("sequence", 1.0).attach(model.train().requires_grad_(True))
     with pytest.raises(ValueError, match="sees a part of the tokens, so that sequences cannot be told apart"):
-        model(**arguments, mm_token_type_ids=is_image)
+        model(**arguments, moe_mm_token_type_ids=is_image)
 
 
 def test_a_token_that_skips_the_experts():
