@@ -55,7 +55,7 @@ class ExpertCapacity(nn.Module):
 
     def __init__(self, config, num_experts: int, score: str, queues_by_choice: bool):
         super().__init__()
-        self.policy, self.group = config.capacity_policy, config.capacity_group
+        self.policy, self.group = config.effective_capacity_policy, config.capacity_group
         self.factor, self.eval_factor = config.capacity_factor, config.eval_capacity_factor
         self.min_capacity = config.min_capacity
         self.num_experts, self.top_k, self.score = num_experts, config.num_experts_per_tok, score

@@ -16,7 +16,7 @@
 from dataclasses import dataclass, fields
 
 from .capacity import CAPACITY_POLICIES
-from .router_base import MoeRouter
+from .router_base import CAPACITY_OPTIONS, MoeRouter
 from .routers import ROUTERS
 
 
@@ -113,11 +113,6 @@ class RoutingConfigMixin:
     expert_dropout: float | int = 0.0
     moe_initializer_scale: float | int | None = None
 
-    def __post_init__(self, **kwargs):
-        if self.capacity_policy is None and self.router_type in ROUTERS:
-            self.capacity_policy = self.router_class.capacity_policy
-        super().__post_init__(**kwargs)
-
     @property
     def router_class(self) -> type[MoeRouter]:
         """The class of the router."""
@@ -129,9 +124,14 @@ class RoutingConfigMixin:
         return self.num_constant_experts + self.num_copy_experts + self.num_zero_experts
 
     @property
+    def effective_capacity_policy(self) -> str:
+        """`capacity_policy`, or what the router has if that is None."""
+        return self.router_class.capacity_policy if self.capacity_policy is None else self.capacity_policy
+
+    @property
     def has_capacity(self) -> bool:
         """Whether experts may leave out tokens."""
-        return self.capacity_policy != "none"
+        return self.effective_capacity_policy != "none"
 
     @property
     def uses_mixtral_balance_loss(self) -> bool:
@@ -150,7 +150,7 @@ class RoutingConfigMixin:
         """Part of `@strict`-powered validation."""
         choices = {
             "router_type": sorted(ROUTERS),
-            "capacity_policy": list(CAPACITY_POLICIES),
+            "capacity_policy": [None, *CAPACITY_POLICIES],
             "router_dtype": [None, "float32"],
         }
         for field, allowed in choices.items():
@@ -165,15 +165,20 @@ class RoutingConfigMixin:
         options = {name for router in ROUTERS.values() for name in router.options}
         defaults = {field.name: field.default for field in fields(self) if field.name in options}
         for name in sorted(options - set(self.router_class.options)):
-            default = self.router_class.capacity_policy if name == "capacity_policy" else defaults[name]
-            if getattr(self, name) != default:
+            if getattr(self, name) != defaults[name] and not (name == "capacity_policy" and not self.has_capacity):
                 readers = sorted(router_type for router_type, router in ROUTERS.items() if name in router.options)
                 raise ValueError(
                     f"`{name}`={getattr(self, name)!r} has no effect on router_type={self.router_type!r}, only on {readers}."
                 )
+        if not self.num_zero_computation_experts and self.zero_expert_tau != defaults["zero_expert_tau"]:
+            raise ValueError(
+                f"`zero_expert_tau`={self.zero_expert_tau} has no effect without zero-computation experts: set `num_copy_experts`, "
+                "`num_constant_experts` or `num_zero_experts`."
+            )
         if not self.has_capacity:
-            for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
-                if name in self.router_class.options and getattr(self, name) != defaults[name]:
+            for name in set(CAPACITY_OPTIONS) - {"capacity_policy"}:
+                is_read = name == "capacity_group" and "allow_causal_expert_choice" in self.router_class.options
+                if name in self.router_class.options and getattr(self, name) != defaults[name] and not is_read:
                     raise ValueError(
                         f"`{name}`={getattr(self, name)!r} has no effect with `capacity_policy='none'`. Choose another of "
                         f"{list(CAPACITY_POLICIES)}."

@@ -83,9 +83,11 @@ class MoeRouter(nn.Module, ABC):
     weighs_input = False  # whether the weight multiplies the expert's input and not its output
     has_variable_top_k = False  # whether K is an upper bound, of which most slots are empty
     jitters_block = True  # whether `router_jitter_noise` disturbs the experts' input too
+    decides_alone = True  # whether a token's experts do not depend on other tokens
     divides_by_top_k = False  # whether it divides the experts into as many groups as a token gets experts
     has_rows = True  # whether it has a row of weights for every expert
     ranks_all_experts = False  # whether a token gets the K largest of all scores, if there are no groups
+    has_z_loss = True  # whether its logits can be too large: log-probabilities have a logsumexp of their own
     has_noise = False  # whether training adds noise to the logits; then it has a `smooth_load_loss`
     has_balance_loss = True
     has_mixtral_loss = False  # whether `aux_loss` is Mixtral's, which takes all layers together
@@ -130,11 +132,6 @@ class MoeRouter(nn.Module, ABC):
     @staticmethod
     def weight_sum(config, num_experts: int) -> float | None:
         """What the weights of a token sum to, None if that depends on the token."""
-        return None
-
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        """What they sum to while all logits are 0; None if experts cannot make up for it."""
         return None
 
     def forward(

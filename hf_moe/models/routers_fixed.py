@@ -85,8 +85,6 @@ class HashRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
 
-    weight_sum_at_zero = weight_sum
-
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         """The probability of every expert, 1 / K or 0."""
         index_TK = self._look_up(hidden_states_TH, tokens)
@@ -151,6 +149,7 @@ class ExpertChoiceRouter(MoeRouter):
     score = "softmax"
     options = ("capacity_group", "allow_causal_expert_choice")
     requires = ("mask_T",)
+    decides_alone = False
     has_variable_top_k = True
     has_balance_loss = False
 

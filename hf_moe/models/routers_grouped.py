@@ -39,16 +39,13 @@ class PrototypesRouter(MoeRouter):
         use_when="top-k without a sort over all experts: k cheap top-1 choices",
     )
     score = "softmax"
+    has_z_loss = False
     options = CAPACITY_OPTIONS
     divides_by_top_k = True
 
     @staticmethod
     def validate(config) -> None:
         _refuse_remainder(config, "num_experts_per_tok", config.num_experts_per_tok)
-
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        return config.num_experts_per_tok**2 / num_experts
 
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         logits_TGM = super().compute_logits(hidden_states_TH, tokens).unflatten(-1, (self.top_k, -1))
@@ -93,10 +90,6 @@ class GroupedRouter(MoeRouter):
                 f"`num_experts_per_tok` ({config.num_experts_per_tok}), got {config.n_group}."
             )
 
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        return config.num_experts_per_tok / num_experts
-
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = wide_softmax(logits_TE)
         in_group_TGM = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
@@ -125,6 +118,7 @@ class HierarchicalRouter(MoeRouter):
         use_when="experts that share a basis per group, and many experts",
     )
     score = "softmax"
+    has_z_loss = False
     options = (*CAPACITY_OPTIONS, "norm_topk_prob", "n_group", "topk_group")
 
     def __init__(self, config, num_experts: int):
@@ -149,10 +143,6 @@ class HierarchicalRouter(MoeRouter):
     @staticmethod
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0 if config.norm_topk_prob else None
-
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        return 1.0 if config.norm_topk_prob else config.num_experts_per_tok / num_experts
 
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         group_TG1 = self.linear(hidden_states_TH, self.group_weight).log_softmax(-1)[..., None]

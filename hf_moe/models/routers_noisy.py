@@ -73,8 +73,6 @@ class NoisyTopKRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
 
-    weight_sum_at_zero = weight_sum
-
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         return self.with_noise(hidden_states_TH, self.weight, self.noise_weight)
 
@@ -126,6 +124,7 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
         use_when="hundreds of experts and more",
     )
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, "n_group", "topk_group")
+    has_z_loss = False
     ranks_all_experts = False
 
     def __init__(self, config, num_experts: int):
@@ -228,8 +227,6 @@ class GShardRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
 
-    weight_sum_at_zero = weight_sum
-
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = wide_softmax(logits_TE)
         if self.training and self.second_expert_policy == "sampling":
@@ -280,10 +277,6 @@ class SwitchRouter(MoeRouter):
     @staticmethod
     def validate(config) -> None:
         refuse_other_top_k(config, 1)
-
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        return 1 / num_experts
 
     def init_weights(self, std: float) -> None:
         init_truncated_normal(self.weight, self.init_scale)

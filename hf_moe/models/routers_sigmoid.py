@@ -61,10 +61,6 @@ class SigmoidTopKRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return config.routed_scaling_factor if config.norm_topk_prob else None
 
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        return config.routed_scaling_factor * (1.0 if config.norm_topk_prob else 0.5 * config.num_experts_per_tok)
-
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = wide(logits_TE).sigmoid()
         is_excluded_TE = self.of_other_modality(logits_TE)

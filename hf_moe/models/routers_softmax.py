@@ -62,8 +62,6 @@ class SoftRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
 
-    weight_sum_at_zero = weight_sum
-
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = wide_softmax(logits_TE)
         return scores_TE, torch.arange(self.num_experts, device=logits_TE.device).expand(scores_TE.shape)
@@ -110,11 +108,6 @@ class SoftmaxTopKRouter(MoeRouter):
     @staticmethod
     def weight_sum(config, num_experts: int) -> float | None:
         return config.routed_scaling_factor if config.norm_topk_prob else None
-
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        share = 1.0 if config.norm_topk_prob else config.num_experts_per_tok / num_experts
-        return config.routed_scaling_factor * share
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE, is_excluded_TE = wide_softmax(logits_TE), self.of_other_modality(logits_TE)
@@ -256,12 +249,6 @@ class TopPRouter(MoeRouter):
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
         self.top_p = config.router_top_p
-
-    @staticmethod
-    def weight_sum_at_zero(config, num_experts: int) -> float | None:
-        return next(
-            count / num_experts for count in range(1, num_experts + 1) if count / num_experts > config.router_top_p
-        )
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE, index_TE = wide_softmax(logits_TE).sort(dim=-1, descending=True)

@@ -32,8 +32,10 @@ def balance_loss(
     """
     logits_TE, mask_T = call.logits_TE.float(), call.mask_T
     if kind == "z":
-        if score == "identity":
-            raise ValueError(f"{call.name} returns no logits but probabilities, so that there is no z-loss.")
+        if score == "identity" or not has_z_loss(call):
+            raise ValueError(
+                f"{call.name} returns no logits but probabilities or their logarithms, so that there is no z-loss. Leave 'z' out."
+            )
         return losses.z_loss(logits_TE, mask_T)
     if kind == "importance_load":
         return _importance_load_loss(call, noise_std)
@@ -59,6 +61,11 @@ def balance_loss(
             raise ValueError(f"{num_experts} experts cannot be divided into num_devices={num_devices} groups.")
         return losses.device_loss(scores_TE, counts_E, num_devices, mask_T)
     return losses.switch_loss(scores_TE, counts_E, mask_T)
+
+
+def has_z_loss(call: RouterCall) -> bool:
+    """Whether a router's logits are not normalised already."""
+    return not isinstance(call.router.module, MoeRouter) or call.router.module.has_z_loss
 
 
 def sparsity_loss(call: RouterCall, score: str, top_k: int) -> torch.Tensor:

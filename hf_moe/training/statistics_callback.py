@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..models import losses
 from ..models.routers import MoeRouter
+from .balance_losses import has_z_loss
 from .dropped_slots import DroppedSlots
 from .history import RoutingHistory
 from .moe_callback import Attachment, MoeCallback
@@ -190,7 +191,7 @@ class RouterStatisticsCallback(MoeCallback):
             )
             z = losses.z_loss(logits_TE, call.mask_T)
         # A router that returns probabilities for logits has no z-loss.
-        has_z = score != "identity"
+        has_z = score != "identity" and has_z_loss(call)
         sums = torch.stack([balance, z * has_z, one * bool(score), one * has_z])
         self._losses[name] = self._losses.get(name, torch.zeros_like(sums)).to(sums.device) + sums
 

@@ -15,7 +15,7 @@ from .compose import BASE
 from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
-from .routing import ROUTER_OPTIONS, unsteady_because, weight_sum
+from .routing import BLOCK_OPTIONS, DEFAULT_ROUTER, ROUTER_OPTIONS, unsteady_because, weight_sum
 
 
 @strict
@@ -158,6 +158,19 @@ class UpcycleConfig:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"`{field}` must be one of {allowed}, got {value!r}.")
+        self._validate_router()
+
+    def _validate_router(self):
+        given, router_type = set(self.router_options or {}), self.router_type or DEFAULT_ROUTER
+        if unknown := sorted(given - set(ROUTER_OPTIONS)):
+            raise ValueError(f"`router_options` may have {ROUTER_OPTIONS}, got {unknown}.")
+        read = sorted({*ROUTERS[router_type].options, *BLOCK_OPTIONS} & set(ROUTER_OPTIONS))
+        if unread := sorted(given - set(read)):
+            raise ValueError(f"`router_options` of router_type={router_type!r} may have {read}, got {unread}.")
+        if self.router_type is not None and not ROUTERS[self.router_type].has_rows and self.router_init != "normal":
+            raise ValueError(
+                f"`router_init`={self.router_init!r} has no effect on router_type={self.router_type!r}, which has no weights to initialise."
+            )
 
     def validate_numbers(self):
         if not self.expert_counts:
@@ -217,14 +230,6 @@ class UpcycleConfig:
             raise ValueError(
                 f"`num_shared_neurons`={self.num_shared_neurons} needs a `split_by` that finds out which neurons most tokens "
                 f"use; {self.split_by!r} does not look at tokens."
-            )
-
-    def validate_router(self):
-        if unknown := sorted(set(self.router_options or {}) - set(ROUTER_OPTIONS)):
-            raise ValueError(f"`router_options` may have {ROUTER_OPTIONS}, got {unknown}.")
-        if self.router_type is not None and not ROUTERS[self.router_type].has_rows and self.router_init != "normal":
-            raise ValueError(
-                f"`router_init`={self.router_init!r} has no effect on router_type={self.router_type!r}, which has no weights to initialise."
             )
 
     def validate_noise(self):

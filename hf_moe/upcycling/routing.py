@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ..models.configuration_routing import RoutingConfigMixin
 from ..models.routers import ROUTERS, MoeRouter, build_router
+from ..models.routing_context import Tokens
 from ..models.zero_experts import ZeroComputationExperts
 from .feed_forward import LayerContext
 from .router_init import RouterInput, normal
@@ -24,6 +25,8 @@ DEFAULT_ROUTER = "softmax_topk"
 ROUTER_OPTIONS = sorted(
     {field.name for field in dataclasses.fields(RoutingConfigMixin)} - {"router_type", "norm_topk_prob"}
 )
+# Those of the block, which no router reads.
+BLOCK_OPTIONS = ("router_jitter_noise", "expert_dropout", "moe_initializer_scale")
 
 
 def router_fields(recipe: "UpcycleConfig") -> dict[str, Any]:
@@ -41,13 +44,34 @@ def weight_sum(recipe: "UpcycleConfig", num_experts: int) -> float | None:
     return router.weight_sum(fields, num_experts)
 
 
+@torch.no_grad()
 def weight_sum_at_zero(recipe: "UpcycleConfig", num_experts: int) -> float | None:
-    """What they sum to with a router of zeros; None if experts cannot make up for it."""
+    """What they sum to with a router of zeros, asked of one; None if experts cannot make up for it."""
     fields = _fields(recipe)
-    router = ROUTERS[fields.router_type]
-    if fields.num_zero_computation_experts or _drops(fields) or router.weighs_input:
+    router_class = ROUTERS[fields.router_type]
+    if (
+        fields.num_zero_computation_experts
+        or _drops(fields)
+        or router_class.weighs_input
+        or not router_class.decides_alone
+    ):
         return None
-    return router.weight_sum_at_zero(fields, num_experts)
+    try:
+        router = router_class(SimpleNamespace(**vars(fields), hidden_size=1, vocab_size=1), num_experts).eval()
+        router.init_weights(0.0)
+        if router.weight is not None:
+            router.weight.zero_()
+        parts = fields.num_experts_per_modality or [num_experts]
+        tokens = Tokens(
+            len(parts), input_ids_T=torch.zeros(len(parts), dtype=torch.long), modality_T=torch.arange(len(parts))
+        )
+        if fields.num_hash_domains > 1:
+            tokens.domain_T = torch.zeros(len(parts), dtype=torch.long)
+        _, weights_TK, _ = router(torch.zeros(len(parts), 1), tokens)
+    except (RuntimeError, ValueError):
+        return None  # the configuration says what does not fit
+    sums = weights_TK.sum(-1).tolist()
+    return sums[0] if sums[0] > 0 and max(sums) - min(sums) < 1e-6 else None
 
 
 def unsteady_because(recipe: "UpcycleConfig") -> str:

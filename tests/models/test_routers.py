@@ -449,6 +449,23 @@ def test_configurations_that_are_refused(values, message):
         moe_config("llama", **{"num_experts": 8, **values})
 
 
+def test_another_router_brings_its_own_capacity(tmp_path):
+    """What was not chosen is not kept, when a checkpoint is loaded with another router."""
+    moe_model("llama", router_type="switch", num_experts_per_tok=1).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path, router_type="softmax_topk", num_experts_per_tok=2)
+    assert not config.has_capacity
+    assert transformers.AutoConfig.from_pretrained(tmp_path).has_capacity
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"zero_expert_tau": 0.5}, {"capacity_group": "sequence"}, {"capacity_factor": 2.0}, {"router_top_p": 0.5}],
+)
+def test_options_without_effect_are_refused(values):
+    with pytest.raises(Exception, match="has no effect"):
+        moe_config("llama", **values)
+
+
 def test_inputs_that_no_router_reads_are_refused(batch):
     with pytest.raises(ValueError, match="`domain_ids` has no effect"):
         moe_model("llama")(**batch, domain_ids=torch.zeros(2))

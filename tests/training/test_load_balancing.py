@@ -676,3 +676,13 @@ def test_hf_moes_routers_say_their_score(top_k):
     balancer = LoadBalancer("switch", 1.0).attach(model)
     model(torch.stack([row["input_ids"] for row in rows()]))
     assert set(balancer._hooks._scores.values()) == {"softmax"}
+
+
+@pytest.mark.parametrize(
+    "values", [{"router_type": "prototypes"}, {"router_type": "hierarchical", "n_group": 2, "norm_topk_prob": False}]
+)
+def test_log_probabilities_have_no_z_loss(values):
+    model = moe_model("llama", **values).train()
+    LoadBalancer("z").attach(model)
+    with pytest.raises(ValueError, match="no z-loss. Leave 'z' out"):
+        model(torch.ones(1, 3, dtype=torch.long))

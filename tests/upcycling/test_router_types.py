@@ -167,6 +167,8 @@ def test_native_classes_hold_their_own_router_only(dense):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"router_options": {"router_top_p": 0.4}}, r"router_type='softmax_topk' may have .*got \['router_top_p'\]"),
+        ({"router_options": {"num_experts_per_tok": 4}}, r"`router_options` may have .*got \['num_experts_per_tok'\]"),
         ({"router_type": "magic"}, "`router_type` must be one of"),
         ({"router_options": {"router_topp": 0.3}}, r"`router_options` may have .*got \['router_topp'\]"),
         (
@@ -185,10 +187,6 @@ def test_recipes_that_are_refused(values, message):
     [
         ({"router_type": "switch"}, "set `num_experts_per_tok=1`, got 2"),
         ({"router_type": "soft"}, "set `num_experts_per_tok=8`, got 2"),
-        (
-            {"router_type": "switch", "num_experts_per_tok": 1, "router_options": {"router_top_p": 0.3}},
-            "has no effect",
-        ),
         ({"router_type": "grouped"}, "`n_group` must be at least 2"),
         ({"router_type": "expert_choice"}, "later tokens decide"),
         ({"method": "granular", "granularity": 2, "router_type": "prototypes"}, "parts of a copy equal scores"),
@@ -210,3 +208,43 @@ def test_granular_is_exact_where_equal_scores_go_together(router_type, dense, tm
     )
     assert plan_upcycle(dense[0].config, config).exact
     assert upcycle(dense[1], tmp_path / "moe", config, progress=False).exact
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "values"),
+    [
+        (5, {"router_type": "top_p"}),
+        (15, {"router_type": "top_p"}),
+        (8, {"router_type": "top_p", "router_options": {"router_top_p": 1.0}}),
+        (
+            8,
+            {
+                "router_type": "modality",
+                "router_options": {"num_experts_per_modality": [6, 2]},
+                "norm_topk_prob": False,
+            },
+        ),
+        (
+            8,
+            {
+                "router_type": "modality",
+                "router_options": {"num_experts_per_modality": [4, 4]},
+                "norm_topk_prob": False,
+            },
+        ),
+        (
+            8,
+            {
+                "router_type": "switch",
+                "router_options": {"num_experts_per_modality": [4, 4]},
+                "num_experts_per_tok": 1,
+            },
+        ),
+    ],
+)
+def test_what_a_router_of_zeros_gives_is_asked_of_it(num_experts, values, dense, tmp_path):
+    """Not computed a second time: rounding decides how many experts top-p takes, and a modality has a part of them."""
+    config = UpcycleConfig(num_experts=num_experts, router_init="zero", target="hf_moe", **values)
+    plan = plan_upcycle(dense[0].config, config)
+    assert plan.exact == (values.get("router_options", {}).get("num_experts_per_modality") != [6, 2])
+    assert upcycle(dense[1], tmp_path / "moe", config, progress=False).exact == plan.exact
