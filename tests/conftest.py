@@ -266,6 +266,15 @@ def force_expert(model: transformers.PreTrainedModel, expert: int) -> transforme
     return model
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M, for slow tests."""
+    folder = os.environ.get("HF_MOE_TEST_MODEL")
+    if folder is None:
+        pytest.fail("HF_MOE_TEST_MODEL names no folder: run these tests with `make test-slow`.")
+    return Path(folder).resolve()
+
+
 class Run(NamedTuple):
     returncode: int
     stdout: str

@@ -4,7 +4,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,14 +19,6 @@ from hf_moe.upcycling.sample import TEXT
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    folder = os.environ.get("HF_MOE_TEST_MODEL")
-    if folder is None:
-        pytest.fail("HF_MOE_TEST_MODEL names no folder: run these tests with `make test-slow`.")
-    return Path(folder).resolve()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,6 @@
 """SmolLM2-135M upcycled to every router: the exactness that is promised, generation, a step of training. `make test-slow`."""
 
 import copy
-import os
 import sys
 from pathlib import Path
 
@@ -21,14 +20,6 @@ from router_cases import ROUTER_CASES
 
 pytestmark = pytest.mark.slow
 LAYERS = "0,14,29"
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    folder = os.environ.get("HF_MOE_TEST_MODEL")
-    if folder is None:
-        pytest.fail("HF_MOE_TEST_MODEL names no folder: run these tests with `make test-slow`.")
-    return Path(folder).resolve()
 
 
 def recipe(router_type: str, **values) -> UpcycleConfig:

@@ -34,7 +34,7 @@ from .localized_filtering import CausalConvolution, FilterNorm, filter_queries_a
 from .losses import mixtral_balance_loss
 from .routers import MoeRouter
 from .routers_noisy import init_truncated_normal
-from .routing_context import RoutingContext, open_routing, with_routing
+from .routing_context import RoutingContext, open_routing, refuse_unread_inputs, with_routing
 from .sparse_block import MoeSparseBlock
 from .zero_experts import ZeroComputationExperts
 
@@ -173,7 +173,9 @@ class MoeForCausalLMMixin(FilterStateGenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        kwargs |= self._routing_inputs(mm_token_type_ids, domain_ids)
+        given = {"mm_token_type_ids": mm_token_type_ids, "domain_ids": domain_ids}
+        refuse_unread_inputs(self.config, given)
+        kwargs |= {name: value for name, value in given.items() if value is not None}
         routing = None
         # CODEPATH: Mixtral's balance loss is computed from the logits alone, DeepSeek-V3's and Shazeer's are not
         if output_router_logits and not self.config.uses_mixtral_balance_loss:
@@ -226,15 +228,6 @@ class MoeForCausalLMMixin(FilterStateGenerationMixin):
     def _trains_a_router(self) -> bool:
         routers = [module for module in self.modules() if isinstance(module, MoeRouter)]
         return any(parameter.requires_grad for router in routers for parameter in router.parameters())
-
-    def _routing_inputs(self, mm_token_type_ids, domain_ids) -> dict[str, torch.Tensor]:
-        given = {"mm_token_type_ids": mm_token_type_ids, "domain_ids": domain_ids}
-        readers = {"mm_token_type_ids": "modality_T", "domain_ids": "domain_T"}
-        given = {name: value for name, value in given.items() if value is not None}
-        for name in given:
-            if readers[name] not in self.config.routing_needs:
-                raise ValueError(f"`{name}` has no effect on this model: router_type={self.config.router_type!r}.")
-        return given
 
 
 class MoeClassificationMixin:

@@ -182,7 +182,7 @@ class MoeRouter(nn.Module, ABC):
         if not self.float32_logits:
             return F.linear(hidden_states_TH, weight)
         with torch.autocast(hidden_states_TH.device.type, enabled=False):
-            return F.linear(wide(hidden_states_TH), wide(weight))
+            return F.linear(at_least_float32(hidden_states_TH), at_least_float32(weight))
 
     def largest(
         self, scores_TE: torch.Tensor, top_k: int, is_excluded_TE: torch.Tensor | None = None
@@ -214,12 +214,12 @@ class MoeRouter(nn.Module, ABC):
         return torch.cat(own, dim=-1)
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """In float32, or float64 if it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def wide_softmax(logits_TE: torch.Tensor) -> torch.Tensor:
+def float32_softmax(logits_TE: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension, in float32 at least."""
     return F.softmax(logits_TE, dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .router_base import MoeRouter, RouterContract, wide_softmax
+from .router_base import MoeRouter, RouterContract, float32_softmax
 from .routing_context import Tokens
 
 
@@ -166,7 +166,7 @@ class ExpertChoiceRouter(MoeRouter):
             )
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE = wide_softmax(logits_TE)
+        scores_TE = float32_softmax(logits_TE)
         tokens = tokens or Tokens(batch_size=1)
         num_groups = tokens.num_groups(self.capacity_group, len(scores_TE))
         for_choice_TE = scores_TE.detach()

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .losses import group_divergence_loss
-from .router_base import CAPACITY_OPTIONS, MoeRouter, RouterContract, divided_by_sum, wide, wide_softmax
+from .router_base import CAPACITY_OPTIONS, MoeRouter, RouterContract, at_least_float32, divided_by_sum, float32_softmax
 from .routers_noisy import refuse_uneven_groups
 from .routing_context import Tokens
 
@@ -91,12 +91,14 @@ class GroupedRouter(MoeRouter):
             )
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE = wide_softmax(logits_TE)
+        scores_TE = float32_softmax(logits_TE)
         in_group_TGM = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
         index_TGM = torch.topk(in_group_TGM, self.top_k // self.num_groups, dim=-1).indices
         first_G1 = _first_of_groups(self.num_groups, self.num_experts, index_TGM)[:, None]
         top_k_index_TK = (index_TGM + first_G1).flatten(-2)
-        return scores_TE.gather(-1, top_k_index_TK) * wide(self.router_scale)[top_k_index_TK], top_k_index_TK
+        return scores_TE.gather(-1, top_k_index_TK) * at_least_float32(self.router_scale)[
+            top_k_index_TK
+        ], top_k_index_TK
 
 
 class HierarchicalRouter(MoeRouter):

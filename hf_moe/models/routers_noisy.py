@@ -30,10 +30,10 @@ from .router_base import (
     ZERO_EXPERT_OPTIONS,
     MoeRouter,
     RouterContract,
+    at_least_float32,
     divided_by_sum,
+    float32_softmax,
     refuse_other_top_k,
-    wide,
-    wide_softmax,
 )
 from .routing_context import Tokens
 
@@ -91,7 +91,7 @@ class NoisyTopKRouter(MoeRouter):
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         top_k_logits_TK, top_k_index_TK = torch.topk(logits_TE, self.top_k, dim=-1)
-        return wide_softmax(top_k_logits_TK), top_k_index_TK
+        return float32_softmax(top_k_logits_TK), top_k_index_TK
 
     def balance_loss(self, hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens: Tokens):
         weights_TE = torch.zeros_like(router_logits_TE).scatter(-1, top_k_index_TK, top_k_weights_TK)
@@ -150,7 +150,7 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
         size = joint_TGM.shape[-1]
         of_groups_TGM = joint_TGM.gather(1, group_index_TG[..., None].expand(-1, -1, size))
         top_in_group_TGM, index_TGM = torch.topk(of_groups_TGM, self.top_k_in_group, dim=-1)
-        weights_TGM = wide_softmax(top_group_TG)[..., None] * wide_softmax(top_in_group_TGM)
+        weights_TGM = float32_softmax(top_group_TG)[..., None] * float32_softmax(top_in_group_TGM)
         return weights_TGM.flatten(-2), (index_TGM + group_index_TG[..., None] * size).flatten(-2)
 
     def smooth_load_loss(
@@ -228,11 +228,11 @@ class GShardRouter(MoeRouter):
         return 1.0
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE = wide_softmax(logits_TE)
+        scores_TE = float32_softmax(logits_TE)
         if self.training and self.second_expert_policy == "sampling":
             first_T1 = scores_TE.argmax(-1, keepdim=True)
             gumbel_TE = -torch.empty_like(scores_TE).exponential_().log()
-            others_TE = (wide(logits_TE) + gumbel_TE).scatter(-1, first_T1, -torch.inf)
+            others_TE = (at_least_float32(logits_TE) + gumbel_TE).scatter(-1, first_T1, -torch.inf)
             top_2_index_TK = torch.cat([first_T1, others_TE.argmax(-1, keepdim=True)], dim=-1)
         else:
             top_2_index_TK = torch.topk(scores_TE, 2, dim=-1).indices
@@ -283,13 +283,13 @@ class SwitchRouter(MoeRouter):
 
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         if self.training and self.jitter_noise > 0:
-            hidden_states_TH = wide(hidden_states_TH)
+            hidden_states_TH = at_least_float32(hidden_states_TH)
             low, high = 1.0 - self.jitter_noise, 1.0 + self.jitter_noise
             hidden_states_TH = hidden_states_TH * torch.empty_like(hidden_states_TH).uniform_(low, high)
         return super().compute_logits(hidden_states_TH, tokens)
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return wide_softmax(logits_TE).max(dim=-1, keepdim=True)
+        return float32_softmax(logits_TE).max(dim=-1, keepdim=True)
 
 
 def init_truncated_normal(tensor: torch.Tensor, scale: float) -> None:

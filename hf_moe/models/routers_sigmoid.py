@@ -19,7 +19,7 @@ Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K expe
 import torch
 
 from .losses import count_choices, scores_of, sequence_loss, sparsity_loss
-from .router_base import CAPACITY_OPTIONS, ZERO_EXPERT_OPTIONS, MoeRouter, RouterContract, wide
+from .router_base import CAPACITY_OPTIONS, ZERO_EXPERT_OPTIONS, MoeRouter, RouterContract, at_least_float32
 from .routers_softmax import in_best_groups
 from .routing_context import Tokens
 
@@ -62,7 +62,7 @@ class SigmoidTopKRouter(MoeRouter):
         return config.routed_scaling_factor if config.norm_topk_prob else None
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE = wide(logits_TE).sigmoid()
+        scores_TE = at_least_float32(logits_TE).sigmoid()
         is_excluded_TE = self.of_other_modality(logits_TE)
         if self.num_groups > 1:
             in_group_TGE = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
@@ -104,7 +104,7 @@ class Llama4Router(MoeRouter):
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         top_k_logits_TK, top_k_index_TK = self.largest(logits_TE, self.top_k, self.of_other_modality(logits_TE))
-        return wide(top_k_logits_TK).sigmoid(), top_k_index_TK
+        return at_least_float32(top_k_logits_TK).sigmoid(), top_k_index_TK
 
 
 class ReluRouter(MoeRouter):
@@ -125,7 +125,7 @@ class ReluRouter(MoeRouter):
     has_variable_top_k = True
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        weights_TE = wide(logits_TE).relu()
+        weights_TE = at_least_float32(logits_TE).relu()
         index_TE = torch.arange(self.num_experts, device=logits_TE.device).expand(weights_TE.shape)
         return weights_TE, index_TE.masked_fill(weights_TE == 0, self.num_experts)
 

@@ -27,8 +27,8 @@ from .router_base import (
     MoeRouter,
     RouterContract,
     divided_by_sum,
+    float32_softmax,
     refuse_other_top_k,
-    wide_softmax,
 )
 from .routing_context import Tokens
 
@@ -63,7 +63,7 @@ class SoftRouter(MoeRouter):
         return 1.0
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE = wide_softmax(logits_TE)
+        scores_TE = float32_softmax(logits_TE)
         return scores_TE, torch.arange(self.num_experts, device=logits_TE.device).expand(scores_TE.shape)
 
 
@@ -110,7 +110,7 @@ class SoftmaxTopKRouter(MoeRouter):
         return config.routed_scaling_factor if config.norm_topk_prob else None
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE, is_excluded_TE = wide_softmax(logits_TE), self.of_other_modality(logits_TE)
+        scores_TE, is_excluded_TE = float32_softmax(logits_TE), self.of_other_modality(logits_TE)
         if self.num_groups > 1:
             in_group_TG = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1)).amax(-1)
             is_excluded_TE = ~in_best_groups(in_group_TG, self.topk_group, self.num_experts)
@@ -251,7 +251,7 @@ class TopPRouter(MoeRouter):
         self.top_p = config.router_top_p
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE, index_TE = wide_softmax(logits_TE).sort(dim=-1, descending=True)
+        scores_TE, index_TE = float32_softmax(logits_TE).sort(dim=-1, descending=True)
         before_TE = scores_TE.cumsum(dim=-1) - scores_TE
         is_beyond_TE = (before_TE > self.top_p) | (scores_TE == 0)
         return scores_TE.masked_fill(is_beyond_TE, 0.0), index_TE.masked_fill(is_beyond_TE, self.num_experts)

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 
 
-# What a caller may give the model for its routers; not for the layers of the dense class.
-ROUTING_INPUTS = ("mm_token_type_ids", "domain_ids")
+# What a caller may give the model for its routers, not for the layers of the dense class, and the field of `Tokens` it becomes.
+ROUTING_INPUTS = {"mm_token_type_ids": "modality_T", "domain_ids": "domain_T"}
 
 
 @dataclass
@@ -168,6 +168,16 @@ class RoutingContext:
         )
 
 
+def refuse_unread_inputs(config: Any, given: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if a model is given something for its routers that they do not read.
+    """
+    for name, field_of_tokens in ROUTING_INPUTS.items():
+        if given.get(name) is not None and field_of_tokens not in config.routing_needs:
+            raise ValueError(f"`{name}` has no effect on this model: router_type={config.router_type!r}.")
+
+
 def open_routing(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a backbone: put what concerns routing into a [`RoutingContext`] for its layers."""
     kwargs = dict(kwargs)
@@ -176,6 +186,7 @@ def open_routing(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     routing.input_ids = given.get("input_ids")
     routing.attention_mask = given.get("attention_mask")
     routing.position_ids = given.get("position_ids")
+    refuse_unread_inputs(backbone.config, kwargs)
     for name in ROUTING_INPUTS:
         setattr(routing, name, kwargs.pop(name, None))
     return args, {**kwargs, "routing": routing}

@@ -16,12 +16,12 @@ from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
 from ..models.routing_context import RoutingContext
+from ..models.sparse_block import MoeSparseBlock
 from ..training.recorder import RoutingRecorder
 from ..training.statistics import LayerRouting, RoutingStatistics
 from .errors import UpcycleError
 from .feed_forward import LayerSizes
 from .plan import UpcyclePlan
-from .routing import router_class
 from .sample import Sample, describe_sample
 from .streaming import Side, output_of, streamed_model
 from .target import Target
@@ -112,7 +112,6 @@ def compare(
         forced_experts (`list[int]`, *optional*): Every token goes to one of these experts, dealt out in turn, with weight 1.
     """
     inputs = sample.as_type(dtype)
-    apart = _routes_apart(plan)
     dense_model = streamed_model(dense, dense.checkpoint.config, dtype)
     names = find_family(dense.checkpoint.config).feed_forward
     captured: dict[int, list[torch.Tensor]] = {}
@@ -126,6 +125,7 @@ def compare(
 
         model = streamed_model(result, plan.config, dtype, plan.target)
         layers = _layers(model, result)
+        apart = _routes_apart(layers[next(iter(plan.experts_in_layer))].get_submodule(plan.target.block))
         errors: dict[str, float] = {}
         for index in plan.experts_in_layer:
             blocks = [layers[index].get_submodule(name) for name in _sparse_modules(plan.target, plan.sizes)]
@@ -159,13 +159,9 @@ def compare(
     return measured, RoutingStatistics(routing)
 
 
-def _routes_apart(plan: UpcyclePlan) -> bool:
+def _routes_apart(block: torch.nn.Module) -> bool:
     """Whether what the experts of a block get is not the block's own tokens, one after the other."""
-    if plan.native:
-        return False
-    router = router_class(plan.config)
-    has_empty_slots = plan.config.has_capacity or plan.config.num_zero_computation_experts or router.has_variable_top_k
-    return bool(has_empty_slots or router.weighs_input or plan.config.routing_needs)
+    return isinstance(block, MoeSparseBlock) and (block.has_empty_slots or block.weighs_input or bool(block.needs))
 
 
 def _routing_inputs(plan: UpcyclePlan, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .compose import BASE
 from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
-from .routing import BLOCK_OPTIONS, DEFAULT_ROUTER, ROUTER_OPTIONS, unsteady_because, weight_sum
+from .routing import DEFAULT_ROUTER, ROUTER_OPTIONS, UNROUTED_OPTIONS, unsteady_because, weight_sum
 
 
 @strict
@@ -164,7 +164,7 @@ class UpcycleConfig:
         given, router_type = set(self.router_options or {}), self.router_type or DEFAULT_ROUTER
         if unknown := sorted(given - set(ROUTER_OPTIONS)):
             raise ValueError(f"`router_options` may have {ROUTER_OPTIONS}, got {unknown}.")
-        read = sorted({*ROUTERS[router_type].options, *BLOCK_OPTIONS} & set(ROUTER_OPTIONS))
+        read = sorted({*ROUTERS[router_type].options, *UNROUTED_OPTIONS} & set(ROUTER_OPTIONS))
         if unread := sorted(given - set(read)):
             raise ValueError(f"`router_options` of router_type={router_type!r} may have {read}, got {unread}.")
         if self.router_type is not None and not ROUTERS[self.router_type].has_rows and self.router_init != "normal":

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..models.configuration_routing import RoutingConfigMixin
-from ..models.routers import ROUTERS, MoeRouter, build_router
+from ..models.routers import ROUTERS, build_router
 from ..models.routing_context import Tokens
 from ..models.zero_experts import ZeroComputationExperts
 from .feed_forward import LayerContext
@@ -26,7 +26,7 @@ ROUTER_OPTIONS = sorted(
     {field.name for field in dataclasses.fields(RoutingConfigMixin)} - {"router_type", "norm_topk_prob"}
 )
 # Those of the block, which no router reads.
-BLOCK_OPTIONS = ("router_jitter_noise", "expert_dropout", "moe_initializer_scale")
+UNROUTED_OPTIONS = ("router_jitter_noise", "expert_dropout", "moe_initializer_scale")
 
 
 def router_fields(recipe: "UpcycleConfig") -> dict[str, Any]:
@@ -56,20 +56,15 @@ def weight_sum_at_zero(recipe: "UpcycleConfig", num_experts: int) -> float | Non
         or not router_class.decides_alone
     ):
         return None
-    try:
-        router = router_class(SimpleNamespace(**vars(fields), hidden_size=1, vocab_size=1), num_experts).eval()
+    router = router_class(SimpleNamespace(**vars(fields), hidden_size=1, vocab_size=1), num_experts).eval()
+    with torch.random.fork_rng(devices=[]):
         router.init_weights(0.0)
-        if router.weight is not None:
-            router.weight.zero_()
-        parts = fields.num_experts_per_modality or [num_experts]
-        tokens = Tokens(
-            len(parts), input_ids_T=torch.zeros(len(parts), dtype=torch.long), modality_T=torch.arange(len(parts))
-        )
-        if fields.num_hash_domains > 1:
-            tokens.domain_T = torch.zeros(len(parts), dtype=torch.long)
-        _, weights_TK, _ = router(torch.zeros(len(parts), 1), tokens)
-    except (RuntimeError, ValueError):
-        return None  # the configuration says what does not fit
+    if router.weight is not None:
+        router.weight.zero_()
+    parts = fields.num_experts_per_modality or [num_experts]
+    nothing_T = torch.zeros(len(parts), dtype=torch.long)
+    tokens = Tokens(len(parts), input_ids_T=nothing_T, domain_T=nothing_T, modality_T=torch.arange(len(parts)))
+    _, weights_TK, _ = router(torch.zeros(len(parts), 1), tokens)
     sums = weights_TK.sum(-1).tolist()
     return sums[0] if sums[0] > 0 and max(sums) - min(sums) < 1e-6 else None
 
@@ -116,11 +111,6 @@ def _fields(recipe: "UpcycleConfig") -> SimpleNamespace:
 def _drops(fields: SimpleNamespace) -> bool:
     """Whether tokens are dropped in evaluation."""
     return fields.eval_capacity_factor is not None
-
-
-def router_class(config: PreTrainedConfig) -> type[MoeRouter]:
-    """The router's class of one of hf_moe's configurations."""
-    return ROUTERS[config.router_type]
 
 
 def router_shapes(

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close
 from router_cases import NUM_EXPERTS, build_block, build_router, router_config
 
-from hf_moe.models.capacity import CAPACITY_POLICIES, ExpertCapacity, recycle
+from hf_moe.models.capacity import ExpertCapacity, recycle
 from hf_moe.models.routing_context import Tokens
 
 
@@ -163,7 +163,3 @@ def test_groups_that_do_not_divide_the_tokens_are_refused():
     (logits_TE, weights_TK, index_TK), capacity = choose("position", capacity_group=13)
     with pytest.raises(ValueError, match=r"`capacity_group` \(13\) must divide"):
         capacity(logits_TE, weights_TK, index_TK, Tokens(batch_size=1))
-
-
-def test_there_is_a_case_of_every_policy():
-    assert set(CAPACITY_POLICIES) == {"none", "position", "probability", "random", "batch_prioritized", "recycle"}

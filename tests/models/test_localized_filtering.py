@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Localized filtering against Yuan's recorded tensors and a loop over positions, in training, caches, padding and PEFT."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +10,7 @@ import torch
 from conftest import FAMILIES, UNGATED_FAMILIES, assert_close, moe_class, moe_config, moe_model, randomize
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
+from test_modeling_moe import run_without_hf_moe
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_moe.models.localized_filtering import LocalizedFiltering
@@ -457,16 +455,7 @@ def test_loads_without_hf_moe(tmp_path):
     models = {family: filtering_model(family, initializer_range=0.3) for family in ("llama", "gemma2")}
     for family, model in models.items():
         model.save_pretrained(tmp_path / family)
-    environment = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin:/bin",
-    }
-    command = [sys.executable, "-c", REMOTE, *(str(tmp_path / family) for family in models)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout.splitlines()[-1])
+    results = run_without_hf_moe(REMOTE, [tmp_path / name for name in models], tmp_path)
     ids = torch.tensor([[5, 6, 7, 8], [0, 9, 10, 11]])
     mask = (ids != 0).long()
     for family, model in models.items():

@@ -375,16 +375,7 @@ def test_loads_without_hf_moe(tmp_path):
     models = {family: moe_model(family, shared_expert_intermediate_size=40) for family in FAMILIES}
     for family, model in models.items():
         model.save_pretrained(tmp_path / family)
-    environment = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin:/bin",
-    }
-    command = [sys.executable, "-c", REMOTE, *(str(tmp_path / family) for family in FAMILIES)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout.splitlines()[-1])
+    results = run_without_hf_moe(REMOTE, [tmp_path / name for name in FAMILIES], tmp_path)
     ids = torch.tensor([[5, 6, 7, 8]])
     for family, model in models.items():
         assert results[family].keys() == model.config.auto_classes.keys()
@@ -424,6 +415,28 @@ os._exit(0)  # gloo's threads sometimes abort an orderly exit
 """
 
 
+def run_on_two_processes(folder, kind: str, models) -> None:
+    """`PARALLEL` for the models that were saved in `folder` by these names."""
+    command = [sys.executable, "-c", PARALLEL, str(folder)]
+    ranks = [subprocess.Popen([*command, rank, kind, *models], stderr=subprocess.PIPE) for rank in ("0", "1")]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+
+
+def run_without_hf_moe(code: str, folders, working_folder) -> dict:
+    """What a script prints as JSON, in a process in which hf_moe is not installed."""
+    environment = {
+        "HF_HOME": str(working_folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+    }
+    command = [sys.executable, "-c", code, *map(str, folders)]
+    run = subprocess.run(command, env=environment, cwd=working_folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("families", [["llama"], pytest.param(list(FAMILIES), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize(("kind", "local_shape"), [("expert", [2, 48, 32]), ("tensor", [4, 24, 32])])
@@ -436,10 +449,7 @@ def test_parallel_equals_one_process(kind, local_shape, families, tmp_path):
     models["filtered"] = moe_model("llama", use_localized_filtering=True, **values)
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    command = [sys.executable, "-c", PARALLEL, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, rank, kind, *models], stderr=subprocess.PIPE) for rank in ("0", "1")]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    run_on_two_processes(tmp_path, kind, models)
     for name, model in models.items():
         with torch.no_grad():
             expected = model(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])).logits

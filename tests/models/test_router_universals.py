@@ -82,11 +82,13 @@ def test_contract(case):
         assert len(set(chosen)) == len(chosen), "no expert twice"
 
 
+IN_FLOAT32 = [name for name in ALL_CASES if build_block(router_config(name)).gate.float32_logits]
+
+
+@pytest.mark.parametrize("case", IN_FLOAT32)
 def test_float32_under_autocast(case):
-    """Of those that say so: neither logits nor weights are rounded where the model computes in bfloat16."""
+    """Neither logits nor weights are rounded where the model computes in bfloat16."""
     block = build_block(router_config(case))
-    if not block.gate.float32_logits:
-        return
     states = hidden()
     expected = block.gate(states, tokens(block, states))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -188,14 +190,22 @@ NOT_A_MIXTURE = {
 }
 
 
-@pytest.mark.parametrize("name", ROUTER_CASES)
+def test_every_router_is_a_mixture_or_none():
+    assert set(ROUTER_CASES) == (set(ALL_CHOSEN) & set(ROUTER_CASES)) | set(NOT_A_MIXTURE)
+    assert not set(ALL_CHOSEN) & set(NOT_A_MIXTURE)
+
+
+@pytest.mark.parametrize("name", ALL_CHOSEN)
 def test_with_all_experts_chosen_it_is_the_soft_mixture(name):
-    if name in NOT_A_MIXTURE:
-        assert name not in ALL_CHOSEN
-        return
-    block = in_float64(build_block(router_config(name, **ALL_CHOSEN[name])))
-    soft = in_float64(build_block(router_config("soft")))
+    config = router_config(name, **ALL_CHOSEN[name])
+    zero = {
+        field: getattr(config, field) for field in ("num_constant_experts", "num_copy_experts", "num_zero_experts")
+    }
+    block = in_float64(build_block(config))
+    soft = in_float64(build_block(router_config("soft", num_experts_per_tok=NUM_EXPERTS + sum(zero.values()), **zero)))
     soft.experts.load_state_dict(block.experts.state_dict())
+    if block.zero_experts is not None:
+        soft.zero_experts.load_state_dict(block.zero_experts.state_dict())
     states = hidden(dtype=torch.float64)
     if name == "grouped":
         block.gate.router_scale.data.fill_(1.0)
@@ -414,9 +424,12 @@ def test_compiled(name, batch):
     assert_close(compiled(**given).logits, expected, 1e-5)
 
 
+# A router that sees later tokens cannot, and is refused in causal models for this reason.
+GENERATING = [name for name, values in ALL_CASES.items() if values["router_type"] != "expert_choice"]
+
+
+@pytest.mark.parametrize("case", GENERATING)
 def test_generation_with_a_cache_is_a_full_pass(case, batch):
-    if ALL_CASES[case]["router_type"] == "expert_choice":
-        return  # which sees later tokens, and is refused for this reason
     made = build_model(case)
     given = with_routing_inputs(batch, made)
     given.pop("labels"), given.pop("position_ids")

@@ -469,6 +469,10 @@ def test_options_without_effect_are_refused(values):
 def test_inputs_that_no_router_reads_are_refused(batch):
     with pytest.raises(ValueError, match="`domain_ids` has no effect"):
         moe_model("llama")(**batch, domain_ids=torch.zeros(2))
+    for head in ("Model", "ForSequenceClassification"):
+        switch = moe_model("llama", head, router_type="switch", num_experts_per_tok=1)
+        with pytest.raises(ValueError, match="`domain_ids` has no effect"):
+            switch(batch["input_ids"][1:], domain_ids=torch.zeros(1))
     made = moe_model("llama", router_type="modality", num_experts_per_modality=[2, 2])
     with pytest.raises(ValueError, match="mm_token_type_ids.*must be of shape"):
         made(**batch, mm_token_type_ids=torch.zeros(2, 3, dtype=torch.long))

@@ -2,15 +2,13 @@
 """Routers in every family, as remote code, and on several processes."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
 import torch
 from conftest import FAMILIES, UNGATED_FAMILIES, assert_close, moe_model
 from router_cases import ALL_CASES, build_model, with_routing_inputs
-from test_modeling_moe import PARALLEL
+from test_modeling_moe import run_on_two_processes, run_without_hf_moe
 
 
 HEADS = {"bert": "Model", "vit": "Model"}
@@ -140,16 +138,7 @@ def test_every_router_travels_with_the_checkpoint(batch, tmp_path):
         model.save_pretrained(tmp_path / name)
         text = json.dumps({key: value.tolist() for key, value in given[name].items()})
         (tmp_path / name / "inputs.json").write_text(text)
-    environment = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": "/usr/bin:/bin",
-    }
-    command = [sys.executable, "-c", REMOTE, *(str(tmp_path / name) for name in models)]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout.splitlines()[-1])
+    results = run_without_hf_moe(REMOTE, [tmp_path / name for name in models], tmp_path)
     for name, model in models.items():
         assert_close(torch.tensor(results[name]), model(**given[name]).logits, 1e-6)
 
@@ -162,10 +151,7 @@ def test_routers_on_two_processes(kind, tmp_path):
     models = {f"case{place}": build_model(case) for place, case in enumerate(names)}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-    command = [sys.executable, "-c", PARALLEL, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, rank, kind, *models], stderr=subprocess.PIPE) for rank in ("0", "1")]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    run_on_two_processes(tmp_path, kind, models)
     for name, model in models.items():
         with torch.no_grad():
             expected = model(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])).logits
