@@ -32,8 +32,9 @@ CAPACITY_POLICIES = {
     "probability": "the tokens with the largest routing weights are kept",
     "random": "tokens are kept by chance in training, the first ones in evaluation",
     "batch_prioritized": "all first choices before the second ones, tokens with the largest score first",
-    "recycle": "as `position`, and the others go to random experts with room",
+    "recycle": "as `position`, and the others go to experts with room: random ones in training, spread evenly in evaluation",
 }
+RECYCLING_ROUNDS = 3
 
 
 class ExpertCapacity(nn.Module):
@@ -94,7 +95,7 @@ class ExpertCapacity(nn.Module):
         if self.policy != "recycle":
             return weights_TK, index_TK
         is_overflow_TK = is_over_TK & (top_k_index_TK < self.num_experts)
-        new_index_TK = recycle(index_TK, is_overflow_TK, room_BE, num_groups)
+        new_index_TK = recycle(index_TK, is_overflow_TK, room_BE, num_groups, is_random=self.training)
         scores_TE = nn.functional.pad(scores_of(router_logits_TE, self.score), (0, 1))
         scale_TK = scores_TE.gather(-1, new_index_TK) / scores_TE.gather(-1, top_k_index_TK).clamp(min=1e-20)
         return torch.where(is_overflow_TK, top_k_weights_TK * scale_TK, weights_TK), new_index_TK
@@ -163,35 +164,68 @@ class ExpertCapacity(nn.Module):
 
 
 def recycle(
-    index_TK: torch.Tensor, is_overflow_TK: torch.Tensor, room_BE: torch.Tensor, num_groups: int
+    index_TK: torch.Tensor,
+    is_overflow_TK: torch.Tensor,
+    room_BE: torch.Tensor,
+    num_groups: int,
+    is_random: bool = True,
 ) -> torch.Tensor:
     """
     Hunyuan-Large's recycling (https://huggingface.co/papers/2411.02265): slots that found no room go to experts of their group
     that have some, each free place with the same probability; without room they stay dropped.
+
+    No token gets an expert twice: a slot to which such a place falls looks again, `RECYCLING_ROUNDS` times in all.
 
     Args:
         index_TK (`torch.Tensor` of shape `(T, K)`): The experts of the slots that found room, E elsewhere.
         is_overflow_TK (`torch.Tensor` of shape `(T, K)`): Which slots look for another expert.
         room_BE (`torch.Tensor` of shape `(B, E)`): How many slots an expert takes in a group.
         num_groups (`int`): Number of groups B.
+        is_random (`bool`): Whether the slots get random places, or, in their order, places at even distances.
 
     Returns:
         `torch.Tensor` of shape `(T, K)`: The experts.
     """
-    num_experts = room_BE.shape[-1]
-    index_BN, is_overflow_BN = index_TK.view(num_groups, -1), is_overflow_TK.reshape(num_groups, -1)
-    taken_BE = torch.zeros(num_groups, num_experts + 1, dtype=torch.long, device=index_TK.device)
+    top_k, num_experts = index_TK.shape[-1], room_BE.shape[-1]
+    for turn in range(min(top_k, RECYCLING_ROUNDS)):
+        is_looking_TK = is_overflow_TK & (index_TK == num_experts)
+        index_BN, is_looking_BN = index_TK.view(num_groups, -1), is_looking_TK.view(num_groups, -1)
+        rank_BN = _random_rank(is_looking_BN) if is_random else _rank(is_looking_BN, turn)
+        new_TK = _places_for(index_BN, is_looking_BN, rank_BN, room_BE, is_random).view_as(index_TK)
+        is_same_TKK = (new_TK[:, :, None] == new_TK[:, None, :]).tril(diagonal=-1)
+        is_same_TKK |= new_TK[:, :, None] == index_TK[:, None, :]
+        index_TK = torch.where(is_looking_TK & ~is_same_TKK.any(-1), new_TK, index_TK)
+    return index_TK
+
+
+def _random_rank(is_looking_BN: torch.Tensor) -> torch.Tensor:
+    """`(B, N)`: a random order of the slots that look for an expert, before all others."""
+    random_BN = torch.rand(is_looking_BN.shape, device=is_looking_BN.device).masked_fill(~is_looking_BN, 2.0)
+    return random_BN.argsort(dim=-1).argsort(dim=-1)
+
+
+def _rank(is_looking_BN: torch.Tensor, turn: int) -> torch.Tensor:
+    """`(B, N)`: their own order, which begins with another one at every turn."""
+    number_B1 = is_looking_BN.sum(-1, keepdim=True).clamp(min=1)
+    return (is_looking_BN.cumsum(-1) - 1 + turn * number_B1 // RECYCLING_ROUNDS) % number_B1
+
+
+def _places_for(
+    index_BN: torch.Tensor,
+    is_looking_BN: torch.Tensor,
+    rank_BN: torch.Tensor,
+    room_BE: torch.Tensor,
+    is_random: bool,
+) -> torch.Tensor:
+    """`(B, N)`: in the order of their rank, experts with room for the slots that look for one; others keep what they have."""
+    num_groups, num_experts = room_BE.shape
+    taken_BE = torch.zeros(num_groups, num_experts + 1, dtype=torch.long, device=index_BN.device)
     taken_BE = taken_BE.scatter_add_(1, index_BN, torch.ones_like(index_BN))[:, :-1]
     free_until_BE = (room_BE - taken_BE).clamp(min=0).cumsum(-1)
     num_free_B1 = free_until_BE[:, -1:]
-    # A random order of the slots that look for room, at even steps through the free places from a random one on.
-    random_BN = torch.rand(index_BN.shape, device=index_TK.device).masked_fill(~is_overflow_BN, 2.0)
-    rank_BN = random_BN.argsort(dim=-1).argsort(dim=-1)
-    num_overflow_B1 = is_overflow_BN.sum(-1, keepdim=True)
-    step_B1 = (num_free_B1.double() / num_overflow_B1.clamp(min=1)).clamp(min=1.0)
-    offset_B1 = torch.rand(num_groups, 1, device=index_TK.device, dtype=torch.float64)
-    place_BN = ((rank_BN + offset_B1) * step_B1).floor().long()
-    place_BN = torch.where(step_B1 == 1.0, rank_BN, place_BN)
+    # Even steps through the free places, if there are more than slots.
+    step_B1 = (num_free_B1.double() / is_looking_BN.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1.0)
+    offset_B1 = torch.rand_like(step_B1) if is_random else torch.full_like(step_B1, 0.5)
+    place_BN = torch.where(step_B1 == 1.0, rank_BN, ((rank_BN + offset_B1) * step_B1).floor().long())
     new_BN = torch.searchsorted(free_until_BE, place_BN, right=True)
-    finds_room_BN = is_overflow_BN & (place_BN < num_free_B1)
-    return torch.where(finds_room_BN, new_BN, index_BN).view_as(index_TK)
+    return torch.where(is_looking_BN & (place_BN < num_free_B1), new_BN, index_BN)

@@ -170,7 +170,7 @@ class MoeConfigMixin(BlockConfigMixin, RoutingConfigMixin):
         if len(self.mlp_layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`mlp_layer_types` must have one entry per layer ({self.num_hidden_layers}), got "
-                f"{len(self.mlp_layer_types)}."
+                f"{len(self.mlp_layer_types)}. Change both together."
             )
         unknown = sorted(set(self.mlp_layer_types) - {"sparse", "dense"})
         if unknown:

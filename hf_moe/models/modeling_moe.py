@@ -34,7 +34,7 @@ from .localized_filtering import CausalConvolution, FilterNorm, filter_queries_a
 from .losses import mixtral_balance_loss
 from .routers import MoeRouter
 from .routers_noisy import init_truncated_normal
-from .routing_context import RoutingContext, open_routing, refuse_unread_inputs, with_routing
+from .routing_context import ROUTING_INPUTS, RoutingContext, open_routing, refuse_unread_inputs, with_routing
 from .sparse_block import MoeSparseBlock
 from .zero_experts import ZeroComputationExperts
 
@@ -75,6 +75,14 @@ class MoePreTrainedModelMixin:
         elif isinstance(module, (MoeRouter, ZeroComputationExperts, CausalConvolution, FilterNorm)):
             module.init_weights(std)
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As of the dense class; routers that know token ids follow."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, MoeRouter):
+                module.resize_vocabulary(embeddings.num_embeddings)
+        return embeddings
+
 
 class MoeModelMixin:
     """
@@ -88,12 +96,8 @@ class MoeModelMixin:
 
     def __init__(self, config, **kwargs):
         super().__init__(config, **kwargs)
+        config.validate()  # `from_pretrained(folder, field=...)` changes fields of a configuration that was valid
         layers = self.get_submodule(self.layers_path)
-        if len(config.mlp_layer_types) != len(layers):
-            raise ValueError(
-                f"`mlp_layer_types` has {len(config.mlp_layer_types)} entries, but `num_hidden_layers` is {len(layers)}. "
-                "Change both together."
-            )
         for index, layer_type in enumerate(config.mlp_layer_types):
             if layer_type == "sparse":
                 block = self.block_class(config, config.num_experts_in(index), layer_index=index)
@@ -132,6 +136,23 @@ class MoeForCausalLMMixin(FilterStateGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, *args, mm_token_type_ids=None, **kwargs):
+        if mm_token_type_ids is not None:
+            # What an assistant proposes is text, as all that is generated.
+            num_proposed = max(input_ids.shape[-1] - mm_token_type_ids.shape[-1], 0)
+            kwargs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_proposed))
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        # An assistant without such routers refuses what concerns them.
+        if assistant_model is not None:
+            needs = getattr(assistant_model.config, "routing_needs", set())
+            unread = {name for name, field_of_tokens in ROUTING_INPUTS.items() if field_of_tokens not in needs}
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unread}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The logits of the dense class for the output of the backbone."""

@@ -13,7 +13,8 @@
 # limitations under the License.
 """The base class of the routers, and what each of them declares about itself.
 
-Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K experts per token.
+Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K experts per token, G groups, N experts that rate
+a group.
 """
 
 from abc import ABC, abstractmethod
@@ -125,6 +126,9 @@ class MoeRouter(nn.Module, ABC):
         if self.e_score_correction_bias is not None:
             init.zeros_(self.e_score_correction_bias)
 
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Follow the model when it gets another number of token ids."""
+
     @staticmethod
     def validate(config) -> None:
         """Raise a `ValueError` if the configuration asks for what the router cannot do."""
@@ -214,6 +218,44 @@ class MoeRouter(nn.Module, ABC):
         return torch.cat(own, dim=-1)
 
 
+class TopKRouter(MoeRouter):
+    """
+    The K experts with the largest scores, of all or of those in the best groups.
+
+    A subclass says what the scores are and how many of its best experts a group is rated by.
+    """
+
+    ranks_all_experts = True
+    num_rating_a_group = 1
+
+    def __init__(self, config, num_experts: int):
+        super().__init__(config, num_experts)
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.num_groups, self.topk_group = config.n_group, config.topk_group
+
+    @staticmethod
+    def weight_sum(config, num_experts: int) -> float | None:
+        return config.routed_scaling_factor if config.norm_topk_prob else None
+
+    @abstractmethod
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """`(T, E)`, in float32 at least."""
+
+    def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
+        scores_TE, is_excluded_TE = self.scores(logits_TE), self.of_other_modality(logits_TE)
+        if self.num_groups > 1:
+            in_group_TGE = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
+            best_TGN = in_group_TGE.topk(min(self.num_rating_a_group, in_group_TGE.shape[-1]), dim=-1).values
+            is_excluded_TE = ~in_best_groups(best_TGN.sum(-1), self.topk_group, self.num_experts)
+        top_k_weights_TK, top_k_index_TK = self.largest(scores_TE, self.top_k, is_excluded_TE)
+        if self.norm_topk_prob:
+            top_k_weights_TK = divided_by_sum(top_k_weights_TK)
+        if self.routed_scaling_factor != 1.0:
+            top_k_weights_TK = top_k_weights_TK * self.routed_scaling_factor
+        return top_k_weights_TK, top_k_index_TK
+
+
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """In float32, or float64 if it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -226,7 +268,14 @@ def float32_softmax(logits_TE: torch.Tensor) -> torch.Tensor:
 
 def divided_by_sum(weights_TK: torch.Tensor) -> torch.Tensor:
     """Weights of which those of a token sum to 1."""
-    return weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+
+
+def in_best_groups(score_of_group_TG: torch.Tensor, topk_group: int, num_experts: int) -> torch.Tensor:
+    """`(T, E)`: whether the expert is in one of the `topk_group` groups with the largest scores."""
+    best_TG = torch.topk(score_of_group_TG, topk_group, dim=-1, sorted=False).indices
+    is_best_TG = torch.zeros_like(score_of_group_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
+    return is_best_TG.repeat_interleave(num_experts // score_of_group_TG.shape[-1], dim=-1)
 
 
 def refuse_other_top_k(config, allowed: int) -> None:

@@ -50,6 +50,7 @@ class HashRouter(MoeRouter):
     requires = ("input_ids_T", "domain_T")
     has_rows = False
     has_balance_loss = False
+    expert_of_token: torch.Tensor
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
@@ -64,6 +65,13 @@ class HashRouter(MoeRouter):
     def init_weights(self, std: float) -> None:
         table = draw_expert_table(*self.expert_of_token.shape, self.num_experts)
         init.copy_(self.expert_of_token, table.to(self.expert_of_token.device))
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """New token ids get experts as the others did: at random, every expert as often as others."""
+        num_domains, num_known, top_k = self.expert_of_token.shape
+        table = draw_expert_table(num_domains, max(vocab_size - num_known, 0), top_k, self.num_experts)
+        table = torch.cat([self.expert_of_token, table.to(self.expert_of_token.device)], dim=1)
+        self.expert_of_token = table[:, :vocab_size].contiguous()
 
     @staticmethod
     def validate(config) -> None:

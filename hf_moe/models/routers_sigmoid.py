@@ -19,12 +19,18 @@ Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K expe
 import torch
 
 from .losses import count_choices, scores_of, sequence_loss, sparsity_loss
-from .router_base import CAPACITY_OPTIONS, ZERO_EXPERT_OPTIONS, MoeRouter, RouterContract, at_least_float32
-from .routers_softmax import in_best_groups
+from .router_base import (
+    CAPACITY_OPTIONS,
+    ZERO_EXPERT_OPTIONS,
+    MoeRouter,
+    RouterContract,
+    TopKRouter,
+    at_least_float32,
+)
 from .routing_context import Tokens
 
 
-class SigmoidTopKRouter(MoeRouter):
+class SigmoidTopKRouter(TopKRouter):
     """DeepSeek-V3: sigmoid scores, a bias that only chooses, groups of which the best are looked at."""
 
     contract = RouterContract(
@@ -38,7 +44,7 @@ class SigmoidTopKRouter(MoeRouter):
         use_when="many small experts, balanced by the bias rather than a loss; groups bound how many devices a token visits",
     )
     score = "sigmoid"
-    ranks_all_experts = True
+    num_rating_a_group = 2
     options = (
         *CAPACITY_OPTIONS,
         *ZERO_EXPERT_OPTIONS,
@@ -51,27 +57,8 @@ class SigmoidTopKRouter(MoeRouter):
         "num_experts_per_modality",
     )
 
-    def __init__(self, config, num_experts: int):
-        super().__init__(config, num_experts)
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
-        self.num_groups, self.topk_group = config.n_group, config.topk_group
-
-    @staticmethod
-    def weight_sum(config, num_experts: int) -> float | None:
-        return config.routed_scaling_factor if config.norm_topk_prob else None
-
-    def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE = at_least_float32(logits_TE).sigmoid()
-        is_excluded_TE = self.of_other_modality(logits_TE)
-        if self.num_groups > 1:
-            in_group_TGE = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
-            in_group_TG = in_group_TGE.topk(min(2, in_group_TGE.shape[-1]), dim=-1).values.sum(-1)
-            is_excluded_TE = ~in_best_groups(in_group_TG, self.topk_group, self.num_experts)
-        top_k_weights_TK, top_k_index_TK = self.largest(scores_TE, self.top_k, is_excluded_TE)
-        if self.norm_topk_prob:
-            top_k_weights_TK = top_k_weights_TK / (top_k_weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return top_k_weights_TK * self.routed_scaling_factor, top_k_index_TK
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        return at_least_float32(logits_TE).sigmoid()
 
     def balance_loss(self, hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens: Tokens):
         if self.num_zero_computation_experts:

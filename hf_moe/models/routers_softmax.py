@@ -26,7 +26,7 @@ from .router_base import (
     ZERO_EXPERT_OPTIONS,
     MoeRouter,
     RouterContract,
-    divided_by_sum,
+    TopKRouter,
     float32_softmax,
     refuse_other_top_k,
 )
@@ -67,7 +67,7 @@ class SoftRouter(MoeRouter):
         return scores_TE, torch.arange(self.num_experts, device=logits_TE.device).expand(scores_TE.shape)
 
 
-class SoftmaxTopKRouter(MoeRouter):
+class SoftmaxTopKRouter(TopKRouter):
     """Softmax over all experts, then the K largest: Mixtral, Qwen-MoE, Grok-1 and DeepSeekMoE."""
 
     contract = RouterContract(
@@ -81,7 +81,6 @@ class SoftmaxTopKRouter(MoeRouter):
         use_when="the default; with `norm_topk_prob` upcycling by copies is exact",
     )
     score = "softmax"
-    ranks_all_experts = True
     options: tuple[str, ...] = (
         *CAPACITY_OPTIONS,
         *ZERO_EXPERT_OPTIONS,
@@ -99,27 +98,11 @@ class SoftmaxTopKRouter(MoeRouter):
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
-        self.num_groups, self.topk_group = config.n_group, config.topk_group
         # CODEPATH: float32 Grok-1, DeepSeek-V2; the model's data type Mixtral, Qwen-MoE
         self.float32_logits = config.router_dtype == "float32"
 
-    @staticmethod
-    def weight_sum(config, num_experts: int) -> float | None:
-        return config.routed_scaling_factor if config.norm_topk_prob else None
-
-    def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE, is_excluded_TE = float32_softmax(logits_TE), self.of_other_modality(logits_TE)
-        if self.num_groups > 1:
-            in_group_TG = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1)).amax(-1)
-            is_excluded_TE = ~in_best_groups(in_group_TG, self.topk_group, self.num_experts)
-        top_k_weights_TK, top_k_index_TK = self.largest(scores_TE, self.top_k, is_excluded_TE)
-        if self.norm_topk_prob:
-            top_k_weights_TK = divided_by_sum(top_k_weights_TK)
-        if self.routed_scaling_factor != 1.0:
-            top_k_weights_TK = top_k_weights_TK * self.routed_scaling_factor
-        return top_k_weights_TK, top_k_index_TK
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        return float32_softmax(logits_TE)
 
 
 class ModalityRouter(SoftmaxTopKRouter):
@@ -259,10 +242,3 @@ class TopPRouter(MoeRouter):
     def balance_loss(self, hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens: Tokens):
         balance = super().balance_loss(hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens)
         return balance + ENTROPY_RATIO * entropy_loss(scores_of(router_logits_TE, self.score), tokens.mask_T)
-
-
-def in_best_groups(score_of_group_TG: torch.Tensor, topk_group: int, num_experts: int) -> torch.Tensor:
-    """`(T, E)`: whether the expert is in one of the `topk_group` groups with the largest scores."""
-    best_TG = torch.topk(score_of_group_TG, topk_group, dim=-1, sorted=False).indices
-    is_best_TG = torch.zeros_like(score_of_group_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
-    return is_best_TG.repeat_interleave(num_experts // score_of_group_TG.shape[-1], dim=-1)

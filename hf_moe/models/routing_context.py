@@ -23,11 +23,12 @@ Dimension letters: B sequences, S tokens of a sequence, T tokens (B * S), E expe
 import functools
 import inspect
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import torch_compilable_check
 
 
 # What a caller may give the model for its routers, not for the layers of the dense class, and the field of `Tokens` it becomes.
@@ -71,12 +72,11 @@ class Tokens:
         return num_tokens // group
 
 
-@dataclass
 class RoutingContext:
     """
-    One forward pass of a model.
+    One forward pass of a model. No dataclass, of which FSDP would give every layer a copy.
 
-    Args:
+    Attributes:
         attention_mask (`Any`, *optional*): What the model was called with.
         input_ids (`torch.Tensor` of shape `(B, S)`, *optional*): Token ids.
         position_ids (`torch.Tensor` of shape `(B, S)`, *optional*): What the model was called with.
@@ -88,15 +88,22 @@ class RoutingContext:
         without_gradient (`set[int]`): Layers that ran with gradients switched off.
     """
 
-    attention_mask: Any = None
-    input_ids: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    mm_token_type_ids: torch.Tensor | None = None
-    domain_ids: torch.Tensor | None = None
-    wants_balance_losses: bool = False
-    router_logits: dict[int, torch.Tensor] = field(default_factory=dict)
-    balance_losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    without_gradient: set[int] = field(default_factory=set)
+    def __init__(
+        self,
+        attention_mask: Any = None,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        domain_ids: torch.Tensor | None = None,
+        wants_balance_losses: bool = False,
+    ):
+        self.attention_mask = attention_mask
+        self.input_ids, self.position_ids = input_ids, position_ids
+        self.mm_token_type_ids, self.domain_ids = mm_token_type_ids, domain_ids
+        self.wants_balance_losses = wants_balance_losses
+        self.router_logits: dict[int, torch.Tensor] = {}
+        self.balance_losses: dict[int, torch.Tensor] = {}
+        self.without_gradient: set[int] = set()
 
     def tokens(self, hidden_states: torch.Tensor, layer_index: int, needs: set[str]) -> Tokens:
         """What the layer must know of its `(B, S, H)` tokens, `needs` being fields of [`Tokens`]."""
@@ -160,7 +167,7 @@ class RoutingContext:
     def _modality(self, batch_size: int, length: int, device: torch.device) -> torch.Tensor | None:
         if self.mm_token_type_ids is None:
             return None
-        modality_BS = self.mm_token_type_ids.to(device)
+        modality_BS = self.mm_token_type_ids.to(device, torch.long)
         if modality_BS.shape == (batch_size, length):
             return modality_BS.reshape(-1)
         raise ValueError(
@@ -178,6 +185,24 @@ def refuse_unread_inputs(config: Any, given: dict[str, Any]) -> None:
             raise ValueError(f"`{name}` has no effect on this model: router_type={config.router_type!r}.")
 
 
+def check_routing_input(config: Any, name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: if what a model is given for its routers is not the numbers of modalities or domains.
+    """
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
+        kind = f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"`{name}` must be a tensor of integers, got {kind}.")
+    if name == "domain_ids":
+        is_right, allowed = (
+            (value >= 0) & (value < config.num_hash_domains),
+            f"from 0 to {config.num_hash_domains - 1}",
+        )
+    else:
+        is_right, allowed = value >= 0, "0 for text, 1 and above for other modalities"
+    torch_compilable_check(is_right.all(), lambda: f"`{name}` must be {allowed}, got {value.unique().tolist()}.")
+
+
 def open_routing(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of a backbone: put what concerns routing into a [`RoutingContext`] for its layers."""
     kwargs = dict(kwargs)
@@ -188,7 +213,10 @@ def open_routing(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     routing.position_ids = given.get("position_ids")
     refuse_unread_inputs(backbone.config, kwargs)
     for name in ROUTING_INPUTS:
-        setattr(routing, name, kwargs.pop(name, None))
+        value = kwargs.pop(name, None)
+        if value is not None:
+            check_routing_input(backbone.config, name, value)
+        setattr(routing, name, value)
     return args, {**kwargs, "routing": routing}
 
 

@@ -121,6 +121,23 @@ def test_recycled_slots_are_spread_over_the_free_places():
     assert counts[2] / counts[1] == pytest.approx(3, rel=0.1)
 
 
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_recycling_gives_no_expert_twice_and_is_deterministic_in_evaluation(top_k):
+    chosen, capacity = choose("recycle", num_tokens=64, factor=1.0, num_experts_per_tok=top_k)
+    capacity.eval_factor = 1.0
+    for is_training in (True, False):
+        torch.manual_seed(0)
+        _, index_TK = capacity.train(is_training)(*chosen, Tokens(batch_size=1))
+        per_token_TE = torch.zeros(64, NUM_EXPERTS + 1).scatter_add_(1, index_TK, torch.ones(64, top_k))
+        assert per_token_TE[:, :-1].max() == 1
+        assert per_token_TE[:, :-1].sum(0).max() <= 64 * top_k / NUM_EXPERTS
+        assert per_token_TE[:, -1].sum() <= 0.05 * 64 * top_k, "there is room for nearly all"
+    state = torch.get_rng_state()
+    _, again_TK = capacity(*chosen, Tokens(batch_size=1))
+    assert torch.equal(again_TK, index_TK)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_top_1_keeps_its_weight_so_that_the_router_learns():
     """Divided by its sum a single weight is 1, and its gradient 0: refused."""
     values = {"num_experts_per_tok": 1, "capacity_policy": "recycle", "capacity_factor": 1.0, "min_capacity": 1}

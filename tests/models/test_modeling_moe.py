@@ -22,6 +22,7 @@ from conftest import (
     moe_model,
     randomize,
 )
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -223,7 +224,9 @@ def test_frozen_backbone_trains_with_the_balance_loss_on(batch):
 
 def test_layer_types_and_layers_must_fit(tmp_path):
     moe_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 3 entries, but `num_hidden_layers` is 2"):
+    with pytest.raises(
+        StrictDataclassClassValidationError, match="one entry per layer .2., got 3. Change both together"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
 
 

@@ -71,8 +71,8 @@ def training_block(config: PreTrainedConfig) -> tuple[MoeSparseBlock, torch.Tens
         mm_token_type_ids=torch.randint(0, 2, (3, 8), generator=generator),
         domain_ids=torch.arange(3) % config.num_hash_domains,
         wants_balance_losses=config.router_class.has_balance_loss,
-        router_logits={-1: torch.randn(24, block.gate.num_experts, generator=generator)},
     )
+    block.routing.router_logits[-1] = torch.randn(24, block.gate.num_experts, generator=generator)
     return block, torch.randn(3, 8, config.hidden_size, generator=generator).requires_grad_()
 
 
