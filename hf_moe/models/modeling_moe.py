@@ -147,7 +147,7 @@ class MoeForCausalLMMixin(FilterStateGenerationMixin):
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
         # An assistant without such routers refuses what concerns them.
         if assistant_model is not None:
-            needs = getattr(assistant_model.config, "routing_needs", set())
+            needs: set[str] = getattr(assistant_model.config, "routing_needs", set())
             unread = {name for name, field_of_tokens in ROUTING_INPUTS.items() if field_of_tokens not in needs}
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in unread}
         return super()._get_candidate_generator(
