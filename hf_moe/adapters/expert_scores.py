@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .errors import ExpertLoraError
 from .layers import check_replaceable, experts_by_layer
+from .served_slots import watch_served_slots
 
 
 logger = logging.get_logger(__name__)
@@ -125,7 +126,8 @@ def score_experts(
             `labels` are not needed.
         kind (`str`, *optional*, defaults to `"token"`): `"token"`: the share of the tokens' choices that fell on the expert,
             summing to 1 over a layer. `"gate"`: the mean routing weight that tokens gave it, as the model uses it; over a layer
-            these sum to what the weights of a token sum to.
+            these sum to what the weights of a token sum to. Neither counts what a capacity drops, nor zero-computation experts,
+            which have nothing to train.
         num_tokens (`int`, *optional*): Stop after the batch with which so many tokens were seen (ESFT takes 131,072).
 
     Returns:
@@ -144,22 +146,17 @@ def score_experts(
     mask_T: torch.Tensor | None = None
     seen = 0
 
-    def counting_hook(layer: int):
-        def count(experts: Any, hidden_states: Any, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
-            weights_TK = top_k_weights.double()
-            values_TK = weights_TK if kind == "gate" else torch.full_like(weights_TK, 1 / top_k_index.shape[1])
-            if mask_T is not None:
-                values_TK = values_TK * mask_T[:, None].to(values_TK.device)
-            scores_E = values_TK.new_zeros(experts.num_experts)
-            scores_E.index_add_(0, top_k_index.reshape(-1), values_TK.reshape(-1))
-            sums[layer] = sums.get(layer, 0) + scores_E
+    def count(layer: int, top_k_weights_TK: torch.Tensor, top_k_index_TK: torch.Tensor) -> None:
+        values_TK = top_k_weights_TK.double() if kind == "gate" else torch.ones_like(top_k_weights_TK).double()
+        if mask_T is not None:
+            values_TK = values_TK * mask_T[:, None].to(values_TK.device)
+        num_experts = experts[layer][1].num_experts
+        # Behind the feed-forwards, those without computation and empty slots together.
+        scores_E = values_TK.new_zeros(num_experts + 1)
+        scores_E.index_add_(0, top_k_index_TK.reshape(-1).clamp(max=num_experts), values_TK.reshape(-1))
+        sums[layer] = sums.get(layer, 0) + scores_E[:-1]
 
-        return lambda experts, args, kwargs: count(experts, *args, **kwargs)
-
-    handles = [
-        module.register_forward_pre_hook(counting_hook(layer), with_kwargs=True)
-        for layer, (_, module) in experts.items()
-    ]
+    handles = watch_served_slots(model, {layer: module for layer, (_, module) in experts.items()}, count)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -193,7 +190,9 @@ def score_experts(
         )
     if num_tokens is not None and seen < num_tokens:
         logger.warning(f"score_experts: the data has {seen} tokens, fewer than the {num_tokens} that were asked for.")
-    return ExpertScores(kind, {layer: (total / seen).cpu() for layer, total in sorted(sums.items())}, seen)
+    totals = {layer: seen if kind == "gate" else scores_E.sum().clamp(min=1) for layer, scores_E in sums.items()}
+    layers = {layer: (scores_E / totals[layer]).cpu() for layer, scores_E in sorted(sums.items())}
+    return ExpertScores(kind, layers, seen)
 
 
 def select_experts(scores: ExpertScores, top_p: float = 0.2) -> ExpertSelection:

@@ -87,10 +87,14 @@ class MoeSparseBlock(nn.Module):
             _, top_k_weights_TK, top_k_index_TK = self.gate(hidden_states.reshape(-1, hidden_states.shape[-1]))
         else:
             top_k_weights_TK, top_k_index_TK = self._route_with_context(hidden_states)
-        if self.divides_after_dropping:
-            sums_T1 = top_k_weights_TK.sum(dim=-1, keepdim=True)
-            top_k_weights_TK = top_k_weights_TK / sums_T1.clamp(min=torch.finfo(sums_T1.dtype).eps)
-        return top_k_weights_TK, top_k_index_TK
+        return self.after_dropping(top_k_weights_TK), top_k_index_TK
+
+    def after_dropping(self, top_k_weights_TK: torch.Tensor) -> torch.Tensor:
+        """The weights that a capacity has left, divided by their sum if the router wants that."""
+        if not self.divides_after_dropping:
+            return top_k_weights_TK
+        sums_T1 = top_k_weights_TK.sum(dim=-1, keepdim=True)
+        return top_k_weights_TK / sums_T1.clamp(min=torch.finfo(sums_T1.dtype).eps)
 
     def _route_with_context(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         routing, self.routing = self.routing or RoutingContext(), None

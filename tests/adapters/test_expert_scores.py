@@ -2,6 +2,8 @@
 """Scores of experts beside a loop over tokens and the routing recorder; selections beside those that ESFT published."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,11 @@ from small_models import small_moe
 
 from hf_moe import ExpertScores, ExpertSelection, RoutingRecorder, score_experts, select_experts
 from hf_moe.adapters.errors import ExpertLoraError
+from hf_moe.models.routers import ROUTERS
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from router_cases import ALL_CASES, NUM_EXPERTS, build_model, with_routing_inputs
 
 
 # Token scores of ESFT for its task "intent" (DeepSeek-V2-Lite, 64 experts) and the experts that it selected with top_p 0.2:
@@ -30,6 +37,13 @@ INTENT = {
         0.0099 0.0043 0.0071 0.0258 0.0114 0.009 0.0145 0.0134 0.0028 0.0457 0.0082 0.03 0.0359 0.0131 0.0214 0.0297""",
         [57, 19, 47, 60, 35, 42],
     ),
+}
+
+
+# Weights that are divided after what is dropped, and weights that are applied to the experts' inputs.
+DROPPING = {
+    "gshard that drops": {"normalize_router_prob_before_dropping": False},
+    "llama4 that drops": {"capacity_policy": "position"},
 }
 
 
@@ -74,6 +88,36 @@ def test_gate_scores_are_mean_routing_weights():
     for layer, found in scores.layers.items():
         assert_close(found, sums[layer] / seen)
         assert found.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("case", [*ALL_CASES, "gshard that drops", "llama4 that drops"])
+def test_scores_of_every_router_are_those_of_a_loop_over_slots(case, batch):
+    """Beside what the block decides to run, whichever way it then hands that to its experts."""
+    name = case.removesuffix(" that drops")
+    drops = name != case or "capacity_policy" in ALL_CASES[name]
+    made = build_model(
+        name, **({"eval_capacity_factor": 0.7, "min_capacity": 1} if drops else {}), **DROPPING.get(case, {})
+    )
+    seen = []
+    for layer in made.model.layers:
+        original = layer.mlp._run_experts
+        layer.mlp._run_experts = lambda states, index, weights, run=original: (
+            seen.append((index, weights)) or run(states, index, weights)
+        )
+    given = with_routing_inputs(batch, made)
+    token_scores, gate_scores = (score_experts(made, [given], kind=kind).layers for kind in ("token", "gate"))
+    is_token = batch["attention_mask"].flatten().tolist()
+    for layer, (index_TK, weights_TK) in enumerate(seen[:3]):
+        slots, weights = [0] * NUM_EXPERTS, [0.0] * NUM_EXPERTS
+        for kept, index_K, weights_K in zip(is_token, index_TK.tolist(), weights_TK.tolist(), strict=True):
+            for expert, weight in zip(index_K, weights_K, strict=True):
+                if kept and expert < NUM_EXPERTS:
+                    slots[expert] += 1
+                    weights[expert] += weight
+        assert_close(token_scores[layer], torch.tensor(slots) / sum(slots), 1e-6)
+        assert_close(gate_scores[layer], torch.tensor(weights) / 19, 1e-6)
+        has_empty = ROUTERS[made.config.router_type].has_variable_top_k or made.config.num_zero_computation_experts
+        assert (sum(slots) < 19 * index_TK.shape[1]) == bool(drops or has_empty)
 
 
 def test_scoring_stops_and_leaves_the_model_as_it_was(caplog):
