@@ -135,6 +135,12 @@ class GroupedParamWrapper(ParamWrapper):
                 f"A batch that mixes adapters ({sorted(set(names))}) cannot be run while {self.merged_adapters} are merged into "
                 "the weights. Call `unmerge_adapter()` first."
             )
+        if getattr(self.get_base_layer(), "gets_filled_slots", False):
+            raise ExpertLoraError(
+                f"A batch that mixes adapters ({sorted(set(names))}) cannot be run with this model's routing: where slots may be "
+                "empty, experts get the others alone and do not know of which sequence they are. Run the sequences of each adapter "
+                "as a batch of their own, with `set_adapter`."
+            )
         if x.shape[0] % len(names):
             raise ExpertLoraError(
                 f"`adapter_names` has {len(names)} names, which cannot be those of {x.shape[0]} tokens: give one per sequence."

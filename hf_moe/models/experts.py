@@ -30,6 +30,8 @@ from transformers.integrations import use_experts_implementation
 class _Experts(nn.Module):
     """What the experts' classes share; which tensors there are is said by the decorator of each."""
 
+    gets_filled_slots = False  # whether a row is a slot that has an expert, of whichever token, and not a token
+
     def __init__(self, config, num_experts: int):
         super().__init__()
         self.num_experts = num_experts

@@ -63,6 +63,7 @@ class MoeSparseBlock(nn.Module):
         # A slot may be empty, so that only the others are worth computing.
         has_other_slots = self.capacity is not None or self.zero_experts is not None
         self.has_empty_slots = has_other_slots or self.gate.leaves_slots_empty
+        self.experts.gets_filled_slots = self.has_empty_slots
         self.divides_after_dropping = self.gate.divides_after_dropping
         self.needs = config.routing_needs
         self.routing: RoutingContext | None = None  # of the forward pass at hand
