@@ -255,11 +255,10 @@ class ExpertLoraConfig(LoraConfig):
             )
         return chosen if isinstance(chosen, str) else sorted(chosen), sorted({name_in_layer(name) for name in caught})
 
-    def _set_ranks(self, experts: dict[str, nn.Module], caught: list[str], top_k: int | None) -> None:
-        num_experts = next(iter(experts.values())).num_experts
-        rank = self._common_rank(num_experts, top_k)
+    def _set_ranks(self, experts: dict[str, Any], caught: list[str], top_k: int | None) -> None:
+        rank = self._common_rank({layer.num_experts for layer in experts.values()}, top_k)
         if isinstance(self.expert_rank, (list, dict)):
-            self.ranks_by_layer = _ranks_by_layer(self.expert_rank, experts, num_experts)
+            self.ranks_by_layer = _ranks_by_layer(self.expert_rank, experts)
         if rank != self.r:
             # PEFT warns of patterns that match no module, and takes parameters for none: so the modules get the pattern.
             rank_pattern, alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
@@ -278,7 +277,7 @@ class ExpertLoraConfig(LoraConfig):
                         "longer name of the module that is meant."
                     )
 
-    def _common_rank(self, num_experts: int, top_k: int | None) -> int:
+    def _common_rank(self, counts: set[int], top_k: int | None) -> int:
         rank = self.expert_rank
         if isinstance(rank, (list, dict)):
             lists = list(rank.values()) if isinstance(rank, dict) else [rank]
@@ -292,6 +291,7 @@ class ExpertLoraConfig(LoraConfig):
             if not any(any(ranks) for ranks in lists):
                 raise ExpertLoraError("expert_rank is 0 for every expert, so that none would be trained.")
             return max(max(ranks, default=0) for ranks in lists)
+        num_experts = min(counts) if len(counts) == 1 else None  # of every layer, if they do not differ
         divisors = {"r": 1, "r//top_k": top_k, "r//num_experts": num_experts}
         if isinstance(rank, str):
             if (divisor := divisors.get(rank)) is None:
@@ -302,7 +302,7 @@ class ExpertLoraConfig(LoraConfig):
             rank = self.r // divisor
         if not _is_rank(rank) or rank < 1:
             raise ExpertLoraError(
-                f"expert_rank {self.expert_rank!r} is {rank!r} with r={self.r}, {num_experts} experts and {top_k} of them per token. "
+                f"expert_rank {self.expert_rank!r} is {rank!r} with r={self.r}, {' or '.join(map(str, sorted(counts)))} experts and {top_k} of them per token. "
                 "A rank is a whole number of at least 1: give a larger `r` or the number itself."
             )
         return rank
@@ -332,18 +332,18 @@ class ExpertLoraConfig(LoraConfig):
             )
 
 
-def _ranks_by_layer(
-    ranks: list[int] | dict[int, list[int]], experts: dict[str, nn.Module], num_experts: int
-) -> dict[int | None, list[int]]:
-    layers = [layer_index(name) for name in experts]
-    by_layer: dict[int | None, list[int]] = dict.fromkeys(layers, [0] * num_experts)
+def _ranks_by_layer(ranks: list[int] | dict[int, list[int]], experts: dict[str, Any]) -> dict[int | None, list[int]]:
+    num_experts = {layer_index(name): layer.num_experts for name, layer in experts.items()}
+    layers = list(num_experts)
+    by_layer: dict[int | None, list[int]] = {layer: [0] * count for layer, count in num_experts.items()}
     given = ranks if isinstance(ranks, dict) else dict.fromkeys(layers, ranks)
     for layer, of_layer in given.items():
         if layer not in by_layer:
             raise ExpertLoraError(f"expert_rank has a list for layer {layer!r}; experts are in the layers {layers}.")
-        if len(of_layer) != num_experts:
+        if len(of_layer) != num_experts[layer]:
             raise ExpertLoraError(
-                f"expert_rank has {len(of_layer)} ranks for layer {layer}, but there are {num_experts} experts."
+                f"expert_rank has {len(of_layer)} ranks for layer {layer}, but there are {num_experts[layer]} experts. Where layers "
+                "differ in that give a dictionary."
             )
         by_layer[layer] = list(of_layer)
     return by_layer

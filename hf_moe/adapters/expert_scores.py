@@ -86,26 +86,31 @@ class ExpertSelection:
             raise ExpertLoraError(f"{path} is no selection of experts. {FORM}")
         return cls(experts, **switches)
 
-    def ranks(self, num_experts: int, hot: int, cold: int = 0) -> dict[int, list[int]]:
+    def ranks(self, num_experts: int | Mapping[int, int], hot: int, cold: int = 0) -> dict[int, list[int]]:
         """
         Ranks for [`ExpertLoraConfig`]: LoRA for the selected experts, and less or none for the others.
 
         Args:
-            num_experts (`int`): Number of experts in a layer.
+            num_experts (`int` or `Mapping[int, int]`): Number of experts in a layer; by the number of the layer where they differ.
             hot (`int`): Rank of the selected experts.
             cold (`int`, *optional*, defaults to 0): Rank of the others.
 
         Raises:
-            ExpertLoraError: if an expert is selected that there is not.
+            ExpertLoraError: if an expert or a layer is selected that there is not.
         """
+        by_layer = dict.fromkeys(self.experts, num_experts) if isinstance(num_experts, int) else num_experts
+        if missing := [layer for layer in self.experts if layer not in by_layer]:
+            raise ExpertLoraError(
+                f"num_experts has the layers {sorted(by_layer)}, but the selection is of layer {missing[0]} too."
+            )
         for layer, experts in self.experts.items():
-            if unknown := [expert for expert in experts if not 0 <= expert < num_experts]:
+            if unknown := [expert for expert in experts if not 0 <= expert < by_layer[layer]]:
                 raise ExpertLoraError(
-                    f"The selection has expert {unknown[0]} in layer {layer}, but with num_experts={num_experts} there are the experts "
-                    f"0 to {num_experts - 1}."
+                    f"The selection has expert {unknown[0]} in layer {layer}, but with num_experts={by_layer[layer]} there are the "
+                    f"experts 0 to {by_layer[layer] - 1}."
                 )
         return {
-            layer: [hot if expert in experts else cold for expert in range(num_experts)]
+            layer: [hot if expert in experts else cold for expert in range(by_layer[layer])]
             for layer, experts in self.experts.items()
         }
 

@@ -228,10 +228,11 @@ class RoutingConfigMixin:
                 )
         parts = self.num_experts_per_modality
         if parts is not None:
-            if self.num_zero_computation_experts or any(sum(parts) != count for count in self.counts_of_experts):
+            counts = set(self.counts_of_experts)
+            if self.num_zero_computation_experts or counts != {sum(parts)}:
                 raise ValueError(
-                    f"`num_experts_per_modality` {parts} must sum to the number of experts ({self.counts_of_experts[0]}), of which none is a "
-                    "zero-computation expert."
+                    f"`num_experts_per_modality` {parts} must sum to the number of experts of every layer ({sorted(counts)}), of which none "
+                    "is a zero-computation expert."
                 )
             if min(parts) < self.num_experts_per_tok and not self.router_class.has_variable_top_k:
                 raise ValueError(

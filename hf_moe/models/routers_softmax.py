@@ -51,7 +51,7 @@ class SoftRouter(MoeRouter):
     )
     score = "softmax"
     ranks_all_experts = True
-    options: tuple[str, ...] = (*ZERO_EXPERT_OPTIONS, "router_residual", "num_experts_per_modality")
+    options: tuple[str, ...] = (*ZERO_EXPERT_OPTIONS, "router_residual")
     has_balance_loss = False
 
     @staticmethod

@@ -11,8 +11,9 @@ from conftest import assert_close
 from peft import PeftModel, get_peft_model
 from small_adapters import fill
 
-from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft, enable_grouped_lora
+from hf_moe import ExpertLoraConfig, ExpertSelection, apply_esft, enable_grouped_lora, score_experts, select_experts
 from hf_moe.adapters.errors import ExpertLoraError
+from hf_moe.adapters.grouped_lora import expert_wrappers
 from hf_moe.models.routers import ROUTERS
 
 
@@ -57,7 +58,7 @@ def test_expert_lora_learns_merges_and_travels(case, batch, tmp_path):
     fill(model, 1).eval().save_pretrained(tmp_path)
     logits = model(**given).logits
     loaded = enable_grouped_lora(PeftModel.from_pretrained(build_model(case), tmp_path).eval())
-    assert torch.equal(loaded(**given).logits, logits)
+    assert_close(loaded(**given).logits, logits, 1e-6)
     assert_close(model.merge_and_unload()(**given).logits, logits, 1e-4)
 
 
@@ -99,3 +100,25 @@ def test_esft_trains_the_chosen_rows_alone(case, batch):
             expected[row] -= gradients[name][row]
             assert not torch.equal(tensor[row], before[name][row]) or not gradients[name][row].any()
         assert_close(tensor, expected, 1e-5)
+
+
+def test_layers_with_different_numbers_of_experts(batch):
+    """From scores over a selection to ranks of LoRA, each layer with its own number."""
+    counts = {0: 4, 1: 8, 2: 6}
+    made = build_model("softmax_topk", num_experts_per_layer=[*counts.values()])
+    given = with_routing_inputs(batch, made)
+    scores = score_experts(made, [given])
+    assert {layer: len(scores_E) for layer, scores_E in scores.layers.items()} == counts
+    selection = select_experts(scores, top_p=0.3)
+    with pytest.raises(ExpertLoraError, match=r"num_experts has the layers \[0\].*layer 1"):
+        selection.ranks({0: 4}, hot=2)
+    with pytest.raises(ExpertLoraError, match="8 ranks for layer 0, but there are 4 experts.*dictionary"):
+        ExpertLoraConfig(expert_rank=[2] * 8).for_model(made)
+    with pytest.raises(ExpertLoraError, match="'r//num_experts', which is not known of this model"):
+        ExpertLoraConfig(expert_rank="r//num_experts").for_model(made)
+    model = get_peft_model(made, ExpertLoraConfig(expert_rank=selection.ranks(counts, hot=2)).for_model(made))
+    loss_of(model, given).backward()
+    for _, wrapper in expert_wrappers(model):
+        gradient = wrapper.lora_B["default"].weight.grad.view(-1, 2, counts[wrapper.layer])
+        trained = gradient.abs().amax((0, 1)).nonzero().flatten().tolist()
+        assert trained == sorted(selection.experts[wrapper.layer])
