@@ -2,6 +2,7 @@
 """The configurations in which the universal tests hold every router, and small routers and blocks of them."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from conftest import moe_config, randomize
@@ -82,6 +83,29 @@ def build_block(config: PreTrainedConfig, seed: int = 0) -> MoeSparseBlock:
     block.gate.init_weights(0.2)
     randomize(block, seed)
     return block.eval()
+
+
+def loop_over_slots(block: MoeSparseBlock, hidden_TH: torch.Tensor, slots: Iterable) -> torch.Tensor:
+    """What the experts of a block make of tokens, one slot of one token after the other; `slots` has `(expert, weight)` pairs."""
+    zero = block.zero_experts
+    num_constant, num_copy = (0, 0) if zero is None else (zero.num_constant, zero.num_copy)
+    rows = []
+    for x_H, of_token in zip(hidden_TH, slots, strict=True):
+        y_H = torch.zeros_like(x_H)
+        for expert, weight in of_token:
+            if expert < NUM_EXPERTS:
+                inner_H = weight * x_H if block.weighs_input else x_H
+                gate_I, up_I = (block.experts.gate_up_proj[expert] @ inner_H).chunk(2)
+                output_H = block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate_I) * up_I)
+                y_H = y_H + (output_H if block.weighs_input else weight * output_H)
+            elif expert < NUM_EXPERTS + num_constant:
+                place = expert - NUM_EXPERTS
+                mix_2 = (zero.constant_gate[place] @ x_H).softmax(-1)
+                y_H = y_H + weight * (mix_2[0] * x_H + mix_2[1] * zero.constant[place])
+            elif expert < NUM_EXPERTS + num_constant + num_copy:
+                y_H = y_H + weight * x_H
+        rows.append(y_H)
+    return torch.stack(rows)
 
 
 def build_model(case: str, **values) -> MoeLlamaForCausalLM:

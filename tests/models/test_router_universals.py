@@ -14,6 +14,7 @@ from router_cases import (
     build_block,
     build_model,
     build_router,
+    loop_over_slots,
     router_config,
     with_routing_inputs,
 )
@@ -107,25 +108,8 @@ def naive(block, hidden_states: torch.Tensor) -> torch.Tensor:
         weights_TK, index_TK = block.capacity(logits_TE, weights_TK, index_TK, known)
     if block.divides_after_dropping:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-9)
-    zero = block.zero_experts
-    num_constant, num_copy = (0, 0) if zero is None else (zero.num_constant, zero.num_copy)
-    rows = []
-    for x_H, weights_K, index_K in zip(hidden_TH, weights_TK, index_TK.tolist(), strict=True):
-        y_H = torch.zeros_like(x_H)
-        for weight, expert in zip(weights_K, index_K, strict=True):
-            if expert < NUM_EXPERTS:
-                inner_H = weight * x_H if block.weighs_input else x_H
-                gate_I, up_I = (block.experts.gate_up_proj[expert] @ inner_H).chunk(2)
-                output_H = block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate_I) * up_I)
-                y_H = y_H + (output_H if block.weighs_input else weight * output_H)
-            elif expert < NUM_EXPERTS + num_constant:
-                place = expert - NUM_EXPERTS
-                mix_2 = (zero.constant_gate[place] @ x_H).softmax(-1)
-                y_H = y_H + weight * (mix_2[0] * x_H + mix_2[1] * zero.constant[place])
-            elif expert < NUM_EXPERTS + num_constant + num_copy:
-                y_H = y_H + weight * x_H
-        rows.append(y_H)
-    return torch.stack(rows).view(hidden_states.shape)
+    slots = [zip(row.tolist(), weights_K, strict=True) for row, weights_K in zip(index_TK, weights_TK, strict=True)]
+    return loop_over_slots(block, hidden_TH, slots).view(hidden_states.shape)
 
 
 def in_float64(block) -> torch.nn.Module:
