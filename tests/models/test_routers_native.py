@@ -15,7 +15,7 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeTop2Router
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 from hf_moe.models.routing_context import RoutingContext
 from hf_moe.models.sparse_block import MoeSparseBlock
@@ -24,8 +24,8 @@ from hf_moe.models.sparse_block import MoeSparseBlock
 NUM_EXPERTS, HIDDEN, SIZE = 8, 32, 24  # SIZE is the intermediate size of an expert
 
 
-def ours(router_type: str, **values) -> MoeSparseBlock:
-    config = moe_config("llama", router_type=router_type, **{"num_experts": NUM_EXPERTS, **values})
+def ours(router_type: str, family: str = "llama", **values) -> MoeSparseBlock:
+    config = moe_config(family, router_type=router_type, **{"num_experts": NUM_EXPERTS, **values})
     block = MoeSparseBlock(config, config.num_experts)
     block.gate.init_weights(0.2)
     randomize(block)
@@ -208,29 +208,41 @@ def test_llama4_runs_no_row_in_vain():
 
 @pytest.mark.parametrize("capacity", [1, 2, 64])
 def test_switch_beside_transformers(capacity):
-    """Its capacity is a number of tokens of a sequence."""
+    """Its capacity is a number of tokens of a sequence, its experts have no gate and no biases."""
     config = transformers.SwitchTransformersConfig(
-        num_experts=NUM_EXPERTS, hidden_size=HIDDEN, d_model=HIDDEN, expert_capacity=capacity
+        num_experts=NUM_EXPERTS, d_model=HIDDEN, d_ff=SIZE, expert_capacity=capacity, dense_act_fn="relu"
     )
-    expected = SwitchTransformersTop1Router(config).eval()  # without jitter; it drops tokens all the same
+    expected = SwitchTransformersSparseMLP(config).eval()  # without jitter; it drops tokens all the same
     block = ours(
         "switch",
+        "gpt2",
+        hidden_act="relu",
         num_experts_per_tok=1,
         capacity_factor=capacity * NUM_EXPERTS / 7,
         min_capacity=1,
         capacity_group="sequence",
     ).train()
-    expected.classifier.weight.data.copy_(block.gate.weight)
-    mask_BSE, probability_BS1, logits_BSE = expected(hidden())
-    routing = RoutingContext()
-    block.routing = routing
-    weights_TK, index_TK = block.route(hidden())
-    is_kept_BS = mask_BSE.bool().any(-1)
-    assert torch.equal(index_TK.view(3, 7) < NUM_EXPERTS, is_kept_BS)
-    assert torch.equal(index_TK.view(3, 7)[is_kept_BS], logits_BSE.argmax(-1)[is_kept_BS])
-    assert_close(weights_TK.view(3, 7), probability_BS1[..., 0] * is_kept_BS, 1e-5)
-    if capacity == 1:
-        assert not is_kept_BS.all()
+    with torch.no_grad():
+        expected.router.classifier.weight.copy_(block.gate.weight)
+        block.experts.up_proj_bias.zero_(), block.experts.down_proj_bias.zero_()
+        for place, expert in enumerate(expected.experts.values()):
+            expert.wi.weight.copy_(block.experts.up_proj[place])
+            expert.wo.weight.copy_(block.experts.down_proj[place])
+    inputs = [hidden().requires_grad_() for _ in range(2)]
+    outputs = [block(inputs[0]), expected(inputs[1])]
+    assert_close(outputs[0], outputs[1], 1e-5)
+    is_dropped_BS = (outputs[1] == 0).all(-1)
+    assert torch.equal((outputs[0] == 0).all(-1), is_dropped_BS)
+    assert is_dropped_BS.any() == (capacity < 7)
+    direction = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(6))
+    for output in outputs:
+        (output * direction).sum().backward()
+    assert_close(inputs[0].grad, inputs[1].grad, 1e-5)
+    assert_close(block.gate.weight.grad, expected.router.classifier.weight.grad, 1e-5)
+    for ours_, theirs in (("up_proj", "wi"), ("down_proj", "wo")):
+        gradients = [expert.get_submodule(theirs).weight.grad for expert in expected.experts.values()]
+        gradients = [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
+        assert_close(block.experts.get_parameter(ours_).grad, torch.stack(torch.broadcast_tensors(*gradients)), 1e-5)
 
 
 @pytest.mark.parametrize("batch_prioritized", [False, True])
@@ -305,7 +317,11 @@ def test_modality_beside_ernie():
         rows = slice(place * NUM_EXPERTS // 2, (place + 1) * NUM_EXPERTS // 2)
         part = expected.get_submodule(modality)
         assert_close(block.gate.weight.grad[rows], part.gate.weight.grad, 1e-5)
+        assert_close(block.experts.gate_up_proj.grad[rows], part.experts.gate_up_proj.grad, 1e-5)
         assert_close(block.experts.down_proj.grad[rows], part.experts.down_proj.grad, 1e-5)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        gradients = [of.get_submodule(name).weight.grad for of in (block.shared_expert, expected.shared_experts)]
+        assert_close(*gradients, 1e-5)
 
 
 def test_text_alone_is_a_moe_of_the_text_experts():
