@@ -397,9 +397,39 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled(name, batch):
-    made = build_model(name)
+@pytest.mark.parametrize("case", [*COMPILED, "a gating residual"])
+def test_compiled_blocks(case):
+    """Without a break, forward and backward."""
+    config = router_config(case) if case in COMPILED else router_config("softmax_topk", router_residual=True)
+    config._experts_implementation = "batched_mm"
+    block = build_block(config)
+    before = {0: hidden()[..., :NUM_EXPERTS].reshape(-1, NUM_EXPERTS)}
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (block, compiled):
+        block.zero_grad()
+        states = hidden().requires_grad_()
+        block.routing = routing(router_logits=before) if block.needs else None
+        output = function(states)
+        output.square().sum().backward()
+        results.append([output, states.grad, *(parameter.grad for parameter in block.parameters())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            assert_close(actual, expected, 1e-5)
+
+
+# What surrounds the blocks is the same for routers that need the same of their tokens.
+IN_MODELS = ["softmax_topk", "hash", "modality"]
+
+
+@pytest.mark.parametrize(
+    "name", [*IN_MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED if name not in IN_MODELS)]
+)
+def test_compiled_models(name, batch):
+    options = {"router_residual": True} if name == "softmax_topk" else {}
+    made = build_model(name, num_hidden_layers=2, **options)
     given = with_routing_inputs(batch, made)
     expected = made(**given).logits
     made.set_experts_implementation("batched_mm")

@@ -63,7 +63,7 @@ def recipe(case: str, **values) -> UpcycleConfig:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
     folder = tmp_path_factory.mktemp("dense")
-    model = dense_model("llama")
+    model = dense_model("llama", num_hidden_layers=2)
     model.save_pretrained(folder)
     model.config.dtype = torch.float32
     return model, folder
