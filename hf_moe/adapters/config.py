@@ -53,7 +53,7 @@ class ExpertLoraConfig(LoraConfig):
         expert_dropout (`float`, *optional*, defaults to 0.0):
             Dropout on what enters the adapters of experts. `lora_dropout` is for the other modules.
         train_router (`bool`, *optional*, defaults to `False`):
-            Whether the routers are adapted too, with the rank of the experts. In published comparisons of LoRA with trained and
+            Whether the routers are adapted too, all their matrices with the rank of the experts. In published comparisons of LoRA with trained and
             frozen routers neither won, a frozen one keeps the balance of the pretrained model, and serving programs load no
             LoRA on routers.
         kwargs:
@@ -207,7 +207,12 @@ class ExpertLoraConfig(LoraConfig):
                         f"The router {name} ({type(router).__name__}) is no matrix called `weight`, so that PEFT cannot adapt it. Leave "
                         "train_router at False, or train it in full with `modules_to_save`."
                     )
-            parameters += [f"{name}.weight" for name in routers]
+            parameters += [
+                f"{name}.{matrix}"
+                for name, router in routers.items()
+                for matrix, parameter in router.named_parameters(recurse=False)
+                if parameter.ndim == 2
+            ]
         if self.exclude_modules and (
             excluded := [name for name in experts if check_target_module_exists(_only(self.exclude_modules), name)]
         ):
