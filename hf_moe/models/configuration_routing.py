@@ -66,7 +66,8 @@ class RoutingConfigMixin:
         num_constant_experts (`int`, *optional*, defaults to 0), num_copy_experts (`int`, *optional*, defaults to 0), num_zero_experts (`int`, *optional*, defaults to 0):
             Numbers of zero-computation experts, which the router can choose beside the `num_experts` feed-forwards.
         zero_expert_tau (`float`, *optional*, defaults to 0.75):
-            How much load a feed-forward should have relative to a zero-computation expert, for the balance loss and the capacity.
+            How much load a feed-forward should have relative to a zero-computation expert, for the balance loss, the capacity and
+            `BiasBalancingCallback`.
         capacity_policy (`str`, *optional*):
             Which tokens an expert leaves out if too many choose it: one of `CAPACITY_POLICIES`. By default what the router's paper
             has: `"position"` for `"gshard"` and `"switch"`, `"none"` for the others.

@@ -92,6 +92,7 @@ class MoeRouter(nn.Module, ABC):
     has_noise = False  # whether training adds noise to the logits; then it has a `smooth_load_loss`
     has_balance_loss = True
     has_mixtral_loss = False  # whether `aux_loss` is Mixtral's, which takes all layers together
+    chooses_parts = False  # whether it chooses among the parts of `sizes_of_parts` too, and not the input or all alike
 
     def __init__(self, config, num_experts: int):
         super().__init__()
@@ -111,6 +112,11 @@ class MoeRouter(nn.Module, ABC):
         residual = torch.empty(self.num_experts, self.num_experts) if config.router_residual else None
         self.residual_weight = None if residual is None else nn.Parameter(residual)
         self.experts_per_modality = config.num_experts_per_modality
+
+    @property
+    def sizes_of_parts(self) -> list[int]:
+        """How many consecutive experts each part has in which they compete for tokens, and not with those of other parts."""
+        return self.experts_per_modality or [self.num_experts]
 
     def build_weight(self, config) -> nn.Parameter | None:
         """`(E, H)`"""

@@ -58,6 +58,10 @@ class HashRouter(MoeRouter):
         shape = (self.num_domains, config.vocab_size, self.top_k)
         self.register_buffer("expert_of_token", torch.zeros(shape, dtype=torch.int32))
 
+    @property
+    def sizes_of_parts(self) -> list[int]:
+        return [self.num_experts // self.num_domains] * self.num_domains
+
     def build_weight(self, config) -> nn.Parameter | None:
         return None
 

@@ -43,6 +43,10 @@ class PrototypesRouter(MoeRouter):
     options = CAPACITY_OPTIONS
     divides_by_top_k = True
 
+    @property
+    def sizes_of_parts(self) -> list[int]:
+        return [self.num_experts // self.top_k] * self.top_k
+
     @staticmethod
     def validate(config) -> None:
         _refuse_remainder(config, "num_experts_per_tok", config.num_experts_per_tok)
@@ -81,6 +85,10 @@ class GroupedRouter(MoeRouter):
     def init_weights(self, std: float) -> None:
         super().init_weights(std)
         init.ones_(self.router_scale)
+
+    @property
+    def sizes_of_parts(self) -> list[int]:
+        return [self.num_experts // self.num_groups] * self.num_groups
 
     @staticmethod
     def validate(config) -> None:
@@ -122,12 +130,17 @@ class HierarchicalRouter(MoeRouter):
     score = "softmax"
     has_z_loss = False
     options = (*CAPACITY_OPTIONS, "norm_topk_prob", "n_group", "topk_group")
+    chooses_parts = True
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
         self.num_groups, self.topk_group = config.n_group, config.topk_group
         self.norm_topk_prob = config.norm_topk_prob
         self.group_weight = nn.Parameter(torch.empty(self.num_groups, config.hidden_size))
+
+    @property
+    def sizes_of_parts(self) -> list[int]:
+        return [self.num_experts // self.num_groups] * self.num_groups
 
     @staticmethod
     def validate(config) -> None:

@@ -126,6 +126,7 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, "n_group", "topk_group")
     has_z_loss = False
     ranks_all_experts = False
+    chooses_parts = True
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
@@ -133,6 +134,10 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
         self.top_k_in_group = config.num_experts_per_tok // config.topk_group
         self.group_weight = nn.Parameter(torch.empty(self.num_groups, config.hidden_size))
         self.group_noise_weight = nn.Parameter(torch.empty_like(self.group_weight))
+
+    @property
+    def sizes_of_parts(self) -> list[int]:
+        return [self.num_experts // self.num_groups] * self.num_groups
 
     @staticmethod
     def validate(config) -> None:

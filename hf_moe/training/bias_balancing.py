@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..models.routers import MoeRouter
+from ..models.routers import ROUTERS, MoeRouter
 from .rank_sum import RankSum
 from .router_hooks import RouterCall, RouterHooks
 from .routers import find_routers, find_selection_bias, plain_name
@@ -27,9 +27,11 @@ class BiasBalancer:
     Moves the selection bias of every router towards experts that got too few tokens
     (https://huggingface.co/papers/2408.15664).
 
-    After each optimizer step an expert's bias goes up by `update_rate` if it served less than the mean of its layer in all
-    micro-batches and ranks of the step, and down if it served more; the mean of this change is taken off it. The bias is kept
-    in float32 here: half of a bfloat16 number plus 0.001 is that half.
+    After each optimizer step an expert's bias goes up by `update_rate` if it was chosen less often than it should in all
+    micro-batches and ranks of the step, and down if more often; the mean of this change is taken off it. It should be chosen
+    as often as the others of its layer with which it competes, those of a modality or of a group where each has experts of its
+    own; a feed-forward `zero_expert_tau` times as often as a zero-computation expert. The bias is kept in float32 here: half
+    of a bfloat16 number plus 0.001 is that half.
 
     Args:
         update_rate (`float`, *optional*, defaults to 0.001): The change of a step.
@@ -98,8 +100,10 @@ class BiasBalancer:
             # Where it is not what was put there, something else has changed it.
             changed_E = bias.view(-1) != float32_E.to(bias.dtype)
             float32_E = torch.where(changed_E, bias.view(-1).float(), float32_E)
-            change_E = self.update_rate * (counts_E.mean() - counts_E).sign()
-            self._biases[name] = float32_E + change_E - change_E.mean()
+            router = self._hooks.routers[name]
+            change_E = self.update_rate * (router.even_counts(counts_E) - counts_E).sign()
+            change_E = torch.cat([change - change.mean() for change in router.split_into_parts(change_E)])
+            self._biases[name] = float32_E + change_E
             bias.data.copy_(self._biases[name].view_as(bias))
         self._counts = {}
 
@@ -142,8 +146,8 @@ def selection_biases(model: nn.Module) -> dict[str, torch.Tensor]:
         kinds = ", ".join(sorted({type(router.module).__name__ for router in routers.values()}))
         raise ValueError(
             f"The routers of {type(model).__name__} ({kinds}) have no bias to choose experts with, as DeepSeek-V3's have in "
-            "`e_score_correction_bias`. Load one of hf_moe's classes with `use_expert_bias=True`, or balance with a "
-            "LoadBalancingCallback."
+            "`e_score_correction_bias`. Load one of hf_moe's classes with `use_expert_bias=True` and a `router_type` of "
+            f"{', '.join(map(repr, _readers_of_biases()))}, or balance with a LoadBalancingCallback."
         )
     return found
 
@@ -180,9 +184,16 @@ def load_router_bias(model: nn.Module, folder: str | Path) -> None:
             f"The routers of {path} are not those of this {type(model).__name__}. Load the model it was trained on."
         )
     if deaf := [type(routers[name]).__name__ for name in without if "use_expert_bias" not in routers[name].options]:
-        raise ValueError(f"{deaf[0]} chooses without a bias, so that those of {path} would have no effect.")
+        raise ValueError(
+            f"{deaf[0]} chooses without a bias, so that those of {path} would have no effect. With one choose the routers of the types "
+            f"{', '.join(map(repr, _readers_of_biases()))}."
+        )
     for name in without:
         routers[name].e_score_correction_bias = torch.zeros(sizes[name], device=routers[name].weight.device)
         cast(PreTrainedModel, model).config.use_expert_bias = True
     for name, bias in selection_biases(model).items():
         bias.data.copy_(saved[plain_name(name)].view_as(bias))
+
+
+def _readers_of_biases() -> list[str]:
+    return sorted(name for name, router in ROUTERS.items() if "use_expert_bias" in router.options)

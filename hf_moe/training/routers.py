@@ -41,6 +41,20 @@ class Router(NamedTuple):
         is_longcat = type(self.module).__name__ == "LongcatFlashTopkRouter"
         return int(self.module.n_routed_experts) - int(self.module.num_experts) if is_longcat else 0
 
+    def split_into_parts(self, values_E: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of values of the experts those of each part of experts that compete with each other."""
+        sizes = self.module.sizes_of_parts if isinstance(self.module, MoeRouter) else [len(values_E)]
+        return values_E.split(sizes)
+
+    def even_counts(self, counts_E: torch.Tensor) -> torch.Tensor:
+        """`(E,)`: the slots of each part, dealt out as they should be: evenly, to a feed-forward of hf_moe `zero_expert_tau` times
+        what a zero-computation expert gets."""
+        shares_E = torch.ones_like(counts_E)
+        if isinstance(self.module, MoeRouter) and self.num_zero_computation_experts:
+            shares_E[: -self.num_zero_computation_experts] = self.module.zero_expert_tau
+        parts = zip(self.split_into_parts(counts_E), self.split_into_parts(shares_E), strict=True)
+        return torch.cat([counts.sum() * shares / shares.sum() for counts, shares in parts])
+
     def logits(self, output: Any) -> torch.Tensor:
         """`(T, E)` logits of an output."""
         logits = output[self.logits_index] if isinstance(output, tuple) else output

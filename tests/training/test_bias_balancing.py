@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSeek-V3's bias beside its update by hand, and what all ways of balancing make of a skewed stream."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -8,8 +11,13 @@ from router_gradients import rows
 from small_models import small_moe
 
 from hf_moe import BiasBalancer, LoadBalancer, RoutingRecorder, load_router_bias
+from hf_moe.models.routers import ROUTERS
 from hf_moe.training.bias_balancing import selection_biases
 from hf_moe.training.routers import find_routers
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from router_cases import ALL_CASES, build_model, build_router, router_config, with_routing_inputs
 
 
 def stream(number: int, rows: int = 8) -> list[torch.Tensor]:
@@ -49,6 +57,56 @@ def test_the_update_by_hand():
         change = 0.01 * torch.sign(counts.mean() - counts)
         expected = before[name] + change - change.mean()
         assert torch.allclose(router.module.e_score_correction_bias, expected, atol=1e-7)
+
+
+# The experts that compete with each other; how much each of them should serve, by the others of its part.
+PARTS = {
+    "modality": ({}, [range(5), range(5, 8)]),
+    "softmax_topk": ({"num_experts_per_modality": [3, 5]}, [range(3), range(3, 8)]),
+    "sigmoid_topk": (
+        {"num_experts_per_modality": [4, 2, 2], "n_group": 1, "topk_group": 1},
+        [range(4), range(4, 6), range(6, 8)],
+    ),
+    "llama4": ({"num_experts_per_modality": [3, 5]}, [range(3), range(3, 8)]),
+    "grouped": ({}, [range(4), range(4, 8)]),
+    "groups of DeepSeek-V2": ({}, [range(8)]),
+    "zero-computation experts": ({"zero_expert_tau": 0.25}, [range(12)]),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_experts_are_compared_with_those_they_compete_with(case, batch):
+    values, parts = PARTS[case]
+    model = build_model(case, use_expert_bias=True, **values).train()
+    inputs, (text, *_) = with_routing_inputs(batch, model), parts
+    balancer = BiasBalancer(0.01).attach(model)
+    for is_text_alone in (False, True):
+        if is_text_alone and len(parts) > 1 and case != "grouped":
+            inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+            parts = [text]  # no other expert moves
+        before = {name: bias.clone() for name, bias in selection_biases(model).items()}
+        with RoutingRecorder(model) as recorder:
+            model(**inputs)
+        balancer.step()
+        for name, bias in selection_biases(model).items():
+            counts, expected = recorder.statistics()[name].counts.tolist(), before[name].tolist()
+            for part in parts:
+                shares = [0.25 if case.startswith("zero") and expert < 8 else 1.0 for expert in part]
+                served = sum(counts[expert] for expert in part)
+                even = [served * share / sum(shares) for share in shares]
+                signs = [(e > counts[expert]) - (e < counts[expert]) for e, expert in zip(even, part, strict=True)]
+                for sign, expert in zip(signs, part, strict=True):
+                    expected[expert] += 0.01 * (sign - sum(signs) / len(part))
+            assert bias.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_parts_are_all_of_the_experts(case):
+    router = build_router(router_config(case))
+    assert sum(router.sizes_of_parts) == router.num_experts
+    assert len(router.sizes_of_parts) == {
+        **{"hierarchical_noisy_topk": 4, "hierarchical": 4, "prototypes": 2, "grouped": 2, "modality": 2, "hash": 2}
+    }.get(case, 1)
 
 
 def test_small_changes_add_up_in_bfloat16():
@@ -150,6 +208,10 @@ def test_without_balancing_it_stays_skewed():
 def test_models_without_a_bias_are_refused():
     with pytest.raises(ValueError, match="MixtralTopKRouter.* have no bias to choose experts with"):
         BiasBalancer().attach(small_moe("mixtral"))
+    readers = [name for name, router in ROUTERS.items() if "use_expert_bias" in router.options]
+    assert len(readers) == 7
+    with pytest.raises(ValueError, match=f"`router_type` of {', '.join(map(repr, sorted(readers)))}, or"):
+        BiasBalancer().attach(small_moe("moe_llama"))
     with pytest.raises(ValueError, match="update_rate is -1"):
         BiasBalancer(-1)
 
