@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ExpertCollapseCallback`: finds experts that get no token, and gives them the weights of one that gets many."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
+from ..models.routers import MoeRouter
 from .moe_callback import Attachment, MoeCallback
 from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
-from .routers import find_selection_bias, without_wrappers
+from .routers import Router, find_selection_bias, without_wrappers
 from .statistics import layer_number
 
 
@@ -22,14 +23,15 @@ ACTIONS = ("warn", "reseed")
 
 class ExpertCollapseCallback(MoeCallback):
     """
-    Watches for experts that no token of any process reaches.
+    Watches for feed-forwards that no token of any process reaches. A layer, or the experts of a modality or domain, for which there
+    were no inputs is left out, and so are zero-computation experts.
 
     Args:
         patience (`int`, *optional*, defaults to 100): Number of optimizer steps without a token, and how often is looked.
         action (`str`, *optional*, defaults to `"warn"`): `"warn"`, or `"reseed"`: the expert becomes a copy of the one with most tokens
-            in its layer, with its row of the router changed a little, so that they share these from then on, and the
-            optimizer's state of both rows is emptied.
-        noise (`float`, *optional*, defaults to 0.01): Standard deviation of the change of the router's row, by that of the row.
+            among those it competes with, with its rows of the router changed a little, so that they share these from then on, and
+            the optimizer's state of both is emptied. An expert of a group that no token chooses stays as it is.
+        noise (`float`, *optional*, defaults to 0.01): Standard deviation of the change of the router's rows, by that of the row.
 
     Raises:
         ValueError: if a value is not allowed; when training begins, if experts or routers cannot be changed.
@@ -60,7 +62,7 @@ class ExpertCollapseCallback(MoeCallback):
                 raise ValueError(
                     "DeepSpeed keeps weights of its own, which copies would not reach. Use action='warn'."
                 )
-            self._rows = {name: _rows_of_experts(model, name) for name in hooks.routers}
+            self._rows = {name: _rows_of_experts(model, name, router) for name, router in hooks.routers.items()}
         hooks.add(self._count)
         self._hooks = hooks
 
@@ -72,27 +74,25 @@ class ExpertCollapseCallback(MoeCallback):
     def after_step(self, args, state, control, optimizer=None, **kwargs):
         if state.global_step % self.patience:
             return
-        for place, (name, counts_E) in enumerate(self._sum(self._counts).items()):
-            *counts, num_tokens = counts_E.tolist()
-            if not num_tokens:  # a layer for other inputs than those that there were
+        routers = cast(RouterHooks, self._hooks).routers
+        for place, (name, counted) in enumerate(self._sum(self._counts).items()):
+            counted = counted.cpu()
+            if not counted[-1]:  # a layer for other inputs than those that there were
                 continue
-            dead = [expert for expert, count in enumerate(counts) if not count]
-            alive = sorted(
-                (expert for expert, count in enumerate(counts) if count), key=lambda expert: -counts[expert]
-            )
-            if not dead:
+            donor_of = _find_dead(routers[name], counted[:-1])
+            if not donor_of:
                 continue
             done = ""
-            if self.action == "reseed" and alive:
-                donors = [alive[number % len(alive)] for number in range(len(dead))]
-                for expert, donor in zip(dead, donors, strict=True):
+            revived = {expert: donor for expert, donor in donor_of.items() if donor is not None}
+            if self.action == "reseed":
+                for expert, donor in revived.items():
                     seed = (state.global_step * 1009 + place) * 10007 + expert  # the same on every process
                     self._reseed(name, expert, donor, seed, optimizer)
-                self._num_reseeded += len(dead)
-                done = f" They begin anew as copies of the experts {donors}."
+                self._num_reseeded += len(revived)
+                done = _tell(donor_of)
             logger.warning(
-                f"Step {state.global_step}: no token came to the experts {dead} of layer {layer_number(name)} ({name}) in {self.patience} "
-                f"steps.{done}"
+                f"Step {state.global_step}: no token came to the experts {list(donor_of)} of layer {layer_number(name)} ({name}) in "
+                f"{self.patience} steps.{done}"
             )
         self._counts = {}
 
@@ -121,48 +121,77 @@ class ExpertCollapseCallback(MoeCallback):
     @torch.no_grad()
     def _reseed(self, router: str, expert: int, donor: int, seed: int, optimizer: Any) -> None:
         of_experts, of_router = self._rows[router]
+        generator = torch.Generator().manual_seed(seed)
         for tensor in (*of_experts, *of_router):
             tensor[expert] = tensor[donor].clone()
             state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
             for moment in state.values():
                 if isinstance(moment, torch.Tensor) and moment.shape == tensor.shape:
                     moment[[expert, donor]] = 0
-        row = of_router[0][expert]
-        generator = torch.Generator().manual_seed(seed)
-        change = torch.randn(row.shape, generator=generator).to(row.device, row.dtype)
-        row += self.noise * row.std() * change
+        for tensor in of_router:
+            row = tensor[expert]
+            if row.dim():
+                change = torch.randn(row.shape, generator=generator).to(row.device, row.dtype)
+                row += self.noise * row.std() * change
 
 
-def _rows_of_experts(model: nn.Module, router: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The parameters of a layer's experts and those of its router, its weight first; every expert has a row in each."""
-    module = model.get_submodule(router)
+def _find_dead(router: Router, counts_E: torch.Tensor) -> dict[int, int | None]:
+    """The feed-forwards without a token, and for each the one that it can become a copy of, if there is any."""
+    parts = [part.tolist() for part in router.split_into_parts(counts_E)]
+    is_for_inputs = len(parts) > 1 and not (isinstance(router.module, MoeRouter) and router.module.chooses_parts)
+    num_feed_forwards = len(counts_E) - router.num_zero_computation_experts
+    found: dict[int, int | None] = {}
+    first = 0
+    for part in parts:
+        counts = {first + place: count for place, count in enumerate(part) if first + place < num_feed_forwards}
+        first += len(part)
+        if is_for_inputs and not any(part):
+            continue
+        alive = sorted((expert for expert, count in counts.items() if count), key=lambda expert: -counts[expert])
+        dead = [expert for expert, count in counts.items() if not count]
+        found |= {expert: alive[place % len(alive)] if alive else None for place, expert in enumerate(dead)}
+    return found
+
+
+def _tell(donor_of: dict[int, int | None]) -> str:
+    """What became of the dead experts."""
+    revived = {expert: donor for expert, donor in donor_of.items() if donor is not None}
+    others = [expert for expert, donor in donor_of.items() if donor is None]
+    if not others:
+        return f" They begin anew as copies of the experts {list(revived.values())}."
+    said = f" The experts {list(revived)} begin anew as copies of {list(revived.values())}." if revived else ""
+    return f"{said} The experts {others} stay, since none that they compete with got a token: look at the router, or at its balance."
+
+
+def _rows_of_experts(model: nn.Module, name: str, router: Router) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The parameters of a layer's feed-forwards and the tensors of its router, with a row in each for every expert."""
+    module = router.module
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 2:
         raise ValueError(
-            f"{router} ({type(module).__name__}) has no weight with a row for each expert, so that none can be copied."
+            f"{name} ({type(module).__name__}) has no weight with a row for each expert, so that none can be copied. Use action='warn'."
         )
-    block = model.get_submodule(without_wrappers(router).rpartition(".")[0])
+    block = model.get_submodule(without_wrappers(name).rpartition(".")[0])
+    num_feed_forwards = len(weight) - router.num_zero_computation_experts
     parameters = [
         parameter
-        for name, parameter in block.named_parameters()
-        if "experts." in name and "shared" not in name and len(parameter) == len(weight)
+        for path, parameter in block.named_parameters()
+        if "experts." in path
+        and not any(other in path for other in ("shared", "zero_experts"))
+        and parameter.shape[:1] == (num_feed_forwards,)
     ]
-    bias = find_selection_bias(model, router)
-    of_router = [
-        weight,
-        *(p for name, p in module.named_parameters() if name == "bias"),
-        *([] if bias is None else [bias.data.view(-1)]),
-    ]
+    bias = find_selection_bias(model, name)
+    of_router = [of for of in module.parameters() if of.shape[:1] == weight.shape[:1] and of is not bias]
     if not parameters:
         raise ValueError(
-            f"The experts beside {router} are not stored as tensors with a row for each, so that none can be copied."
+            f"The experts beside {name} are not stored as tensors with a row for each, so that none can be copied."
         )
     if any(isinstance(tensor, DTensor) or tensor.numel() == 0 for tensor in parameters):
         raise ValueError(
             "The experts are sharded over processes, so that none can be copied. Use action='warn', or DDP."
         )
-    if not all(tensor.requires_grad for tensor in (*parameters, weight)):
+    if not all(tensor.requires_grad for tensor in (*parameters, *of_router)):
         raise ValueError(
             "The experts or routers are frozen, for instance by PEFT, so that a copy would stay one. Use action='warn'."
         )
-    return parameters, of_router
+    return parameters, of_router if bias is None else [*of_router, bias.data.view(-1)]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts without tokens are found and brought to life."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,13 +13,18 @@ from test_callbacks import logged, make_trainer
 
 from hf_moe import ExpertCollapseCallback, RouterStatisticsCallback, RoutingHistory
 from hf_moe.plots import plot_history
+from hf_moe.training.expert_collapse import _find_dead
 from hf_moe.training.routers import find_routers
 
 
-def with_dead_experts(kind: str = "mixtral", **values) -> torch.nn.Module:
-    """In the first sparse layer no token chooses the expert 2."""
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from router_cases import build_model
+
+
+def with_dead_experts(kind: str = "mixtral", layer: int = 0, **values) -> torch.nn.Module:
+    """In a sparse layer, the first one, no token chooses the expert 2."""
     model = trainable(kind, **values)
-    router = next(iter(find_routers(model).values()))
+    router = list(find_routers(model).values())[layer]
 
     def avoid(module, args, output):
         if not avoid.is_on:
@@ -38,10 +46,23 @@ def test_a_warning_names_layer_and_expert(tmp_path, caplog):
     assert warnings == ["Step 2: no token came to the experts [2] of layer 0 (model.layers.0.mlp.gate) in 2 steps."]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "moe_llama"])
-def test_a_dead_expert_becomes_a_copy_of_the_busiest(kind, tmp_path, caplog):
-    model = with_dead_experts(kind)
-    name, router = next(iter(find_routers(model).items()))
+NATIVE = ("mixtral", "gpt_oss", "deepseek_v3")
+# Routers with more than one row of weights for an expert, and experts that are no feed-forwards.
+OURS = (
+    {},
+    {"router_type": "attention", "use_expert_bias": True},
+    {"router_type": "noisy_topk"},
+    {"router_type": "grouped", "n_group": 2, "use_expert_bias": True},
+    {"router_type": "softmax_topk", "num_constant_experts": 4, "num_zero_experts": 1, "router_residual": True},
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [*((kind, {}) for kind in NATIVE), *(("moe_llama", values) for values in OURS)]
+)
+def test_a_dead_expert_becomes_a_copy_of_the_busiest(kind, values, tmp_path, caplog):
+    model = with_dead_experts(kind, layer=-1, **values)
+    name, router = list(find_routers(model).items())[-1]
     trainer = make_trainer(
         model,
         tmp_path,
@@ -52,7 +73,8 @@ def test_a_dead_expert_becomes_a_copy_of_the_busiest(kind, tmp_path, caplog):
     )
     with caplog.at_level("WARNING"):
         trainer.train()
-    (message,) = [record.message for record in caplog.records if "begin anew as copies" in record.message]
+    messages = [record.message for record in caplog.records if "begin anew as copies" in record.message]
+    (message,) = [message for message in messages if f"({name})" in message]
     donor = int(message.split("copies of the experts [")[1][0])
     experts = model.get_submodule(name.rpartition(".")[0]).experts
     for parameter in experts.parameters():
@@ -60,15 +82,69 @@ def test_a_dead_expert_becomes_a_copy_of_the_busiest(kind, tmp_path, caplog):
         state = trainer.optimizer.state[parameter]
         assert not state["exp_avg"][[2, donor]].any()
         assert state["exp_avg"][[e for e in range(4) if e not in (2, donor)]].any()
-    rows_of = router.module.weight
-    change = (rows_of[2] - rows_of[donor]).norm() / rows_of[donor].norm()
-    assert 0 < change < 0.05
+    num_changed = 0
+    for key, parameter in (*router.module.named_parameters(), *router.module.named_buffers()):
+        assert len(parameter) == len(router.module.weight), key
+        change = (parameter[2] - parameter[donor]).norm() / parameter[donor].norm()
+        assert 0 < change < 0.05 if parameter.dim() > 1 else change == 0, key
+        num_changed += parameter.dim() > 1
+    assert num_changed == {"attention": 3, "noisy_topk": 2, "softmax_topk": 2}.get(values.get("router_type"), 1)
     # Both get tokens now.
     model.avoid.is_on = False
     counted: list[torch.Tensor] = []
     router.module.register_forward_hook(lambda m, a, o: counted.append(o[2]))
     model(torch.stack([row["input_ids"] for row in rows(16)]))
     assert {2, donor} <= set(counted[0].flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("case", "counts", "expected"),
+    [
+        ("modality", [0, 5, 3, 9, 2, 4, 0, 1], {0: 3, 6: 5}),
+        ("modality", [0, 5, 3, 9, 2, 0, 0, 0], {0: 3}),  # no images
+        ("hash", [0, 0, 0, 0, 7, 0, 6, 5], {5: 4}),  # one domain
+        ("prototypes", [0, 9, 1, 0, 2, 3, 0, 5], {0: 1, 3: 2, 6: 7}),
+        ("grouped", [0, 9, 8, 7, 2, 3, 0, 5], {0: 1, 6: 7}),
+        ("hierarchical", [0, 3, 0, 0, 1, 1, 5, 0], {0: 1, 2: None, 3: None, 7: 6}),
+        ("softmax_topk", [0, 1, 2, 3, 4, 5, 6, 7], {0: 7}),
+        ("relu", [0] * 8, dict.fromkeys(range(8))),
+        ("zero-computation experts", [0, 1, 2, 3, 4, 3, 2, 1, 90, 0, 0, 0], {0: 4}),
+        ("zero-computation experts", [0] * 8 + [90, 90, 0, 0], dict.fromkeys(range(8))),
+    ],
+)
+def test_the_dead_and_whom_they_can_become(case, counts, expected):
+    router = next(iter(find_routers(build_model(case)).values()))
+    assert _find_dead(router, torch.tensor(counts)) == expected
+
+
+def test_a_group_that_no_token_chooses_stays(tmp_path, caplog):
+    values = {"router_type": "hierarchical", "num_experts": 6, "n_group": 3, "norm_topk_prob": False}
+    model = trainable("moe_llama", **values)
+    routers = list(find_routers(model).values())
+    for router in routers:
+        router.module.register_forward_hook(lambda m, a, o: (o[0], o[1], o[2] * 0 + torch.tensor([0, 4])))
+    before = [expert.clone() for expert in model.model.layers[0].mlp.experts.down_proj]
+    callback = ExpertCollapseCallback(1, "reseed")
+    with caplog.at_level("WARNING"):
+        make_trainer(model, tmp_path, callback, max_steps=1, learning_rate=0.0).train()
+    assert "experts [1, 2, 3, 5] of layer 0" in caplog.text
+    assert "The experts [1, 5] begin anew as copies of [0, 4]. The experts [2, 3] stay, since none that" in caplog.text
+    after = model.model.layers[0].mlp.experts.down_proj
+    for expert, source in enumerate([0, 0, 2, 3, 4, 4]):
+        assert torch.equal(after[expert], before[source])
+
+
+@pytest.mark.parametrize("action", ["warn", "reseed"])
+def test_a_router_without_rows(action, tmp_path):
+    """Nothing can be copied, but it can be watched."""
+    trainer = make_trainer(
+        trainable("moe_llama", router_type="hash"), tmp_path, ExpertCollapseCallback(action=action), max_steps=1
+    )
+    if action == "warn":
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=r"\(HashRouter\) has no weight with a row for each expert.*action='warn'"):
+        trainer.train()
 
 
 def test_the_picture_shows_that_an_expert_is_revived(tmp_path):
