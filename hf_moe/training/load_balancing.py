@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..models import losses
+from ..models.routing_context import Tokens
 from .balance_losses import balance_loss, sparsity_loss
 from .dropped_slots import DroppedSlots
 from .gradient_injection import add_gradient, loss_scale_of
+from .random_state import RandomState
 from .rank_sum import RankSum, is_first_process
 from .router_hooks import RouterCall, RouterHooks
 from .routers import parameters_around
@@ -65,7 +67,7 @@ class LoadBalancer:
             | `"sparsity"` | sum of the weights of a ReLU router, with a coefficient that holds the number of experts | | [ReMoE](https://huggingface.co/papers/2412.14711) |
         coef (`float`, *optional*): Coefficient of the loss, of every layer. The default is the paper's, in `DEFAULT_COEF`.
         grad_to (`str`, *optional*, defaults to `"all"`): `"all"`: the loss also reaches what is before the router, as in the papers.
-            `"router"`: only the router's own parameters, at the price of running it a second time.
+            `"router"`: only the router's own parameters, at the price of running it a second time, with the same random numbers.
         warmup_steps (`int`, *optional*, defaults to 0): Optimizer steps in which the coefficient rises from 0.
         decay_steps (`int`, *optional*): Optimizer steps after these in which it falls to 0; it stays if None.
         adaptive (`bool`, *optional*, defaults to `False`): Skywork-MoE's coefficient of each layer
@@ -185,16 +187,22 @@ class LoadBalancer:
         if self.base_coef:
             _warn_of_own_loss(self._hooks.model, own_loss, is_trained)
         self._hooks.add(self._add_gradient, sees_recomputation=True)
-        self._drop_handles = (
+        self._handles = (
             DroppedSlots(self._hooks.model, self._hooks.routers).watch(self._add_dropped) if self.adaptive else []
         )
+        self._random_states: dict[str, RandomState] = {}  # before the last pass of each router
+        if self.grad_to == "router":
+            self._handles += [
+                router.module.register_forward_pre_hook(self._keep_random_state(name))
+                for name, router in self._hooks.routers.items()
+            ]
         return self
 
     def detach(self) -> None:
         """Add no gradients any more."""
         if self._hooks is not None:
             self._hooks.remove(self._add_gradient)
-            for handle in self._drop_handles:
+            for handle in self._handles:
                 handle.remove()
             self._hooks = None
 
@@ -296,12 +304,19 @@ class LoadBalancer:
                 f"{call.name} is more than a router: it holds experts, which would run twice. Use grad_to='all'."
             )
 
-        def detached(value: Any) -> Any:
-            return value.detach() if isinstance(value, torch.Tensor) else value
+        inputs = tuple(_without_gradient(value) for value in call.inputs)
+        keyword_inputs = {name: _without_gradient(value) for name, value in call.keyword_inputs.items()}
+        with self._random_states.pop(call.name).again():
+            output = call.router.module.forward(*inputs, **keyword_inputs)
+        return replace(call, inputs=inputs, keyword_inputs=keyword_inputs, output=output)
 
-        inputs = [detached(value) for value in call.inputs]
-        keyword_inputs = {name: detached(value) for name, value in call.keyword_inputs.items()}
-        return replace(call, inputs=tuple(inputs), output=call.router.module.forward(*inputs, **keyword_inputs))
+    def _keep_random_state(self, name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            if module.training:
+                devices = (value.device for value in inputs if isinstance(value, torch.Tensor))
+                self._random_states[name] = RandomState.now(next(devices, torch.device("cpu")))
+
+        return hook
 
     def _loss(self, call: RouterCall) -> torch.Tensor:
         score = self.score or cast(RouterHooks, self._hooks).find_score(call)
@@ -353,6 +368,14 @@ class LoadBalancer:
         if top_k is None:
             raise ValueError(f"The configuration does not say how many experts {name} should choose.")
         return top_k
+
+
+def _without_gradient(value: Any) -> Any:
+    """An input of a router that leads back to nothing, and in which it leaves no loss for the model."""
+    if isinstance(value, Tokens):
+        before = value.previous_logits_TE
+        return replace(value, previous_logits_TE=None if before is None else before.detach(), wants_balance_loss=False)
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _warn_of_own_loss(model: nn.Module, is_on: bool | None, is_trained: bool) -> None:

@@ -2,6 +2,7 @@
 """What a LoadBalancer adds to the routers' gradients, beside losses written out by hand, in every setting of a Trainer."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from hf_moe import LoadBalancer, LoadBalancingCallback, add_moe_callbacks
 from hf_moe.models.routers_sigmoid import ReluRouter
+from hf_moe.models.routing_context import Tokens
 from hf_moe.training.routers import find_routers
 
 
@@ -261,6 +263,83 @@ def test_only_the_router_is_reached():
             # No gradient of a later layer comes to the last router's own weight in either case.
             last = gradient[-1]
     assert_close(gradient[-1], last)
+
+
+# Routers that draw random numbers, or look at the logits of the layer before.
+DRAWING = (
+    {"router_type": "noisy_topk"},
+    {"router_type": "gshard", "second_expert_policy": "random"},
+    {"router_type": "gshard", "second_expert_policy": "sampling"},
+    {"router_type": "switch", "router_jitter_noise": 0.3, "num_experts_per_tok": 1},
+    {"router_type": "sigmoid_topk", "router_residual": True},
+)
+
+
+def watched_pass(model, balancer: LoadBalancer | None) -> tuple[list[tuple], dict[str, torch.Tensor], torch.Tensor]:
+    """Of a training step: what the routers were called with and returned, the gradients, the state of the random numbers."""
+    seen: list[tuple] = []
+    for router in find_routers(model).values():
+        router.module.register_forward_hook(lambda module, args, output: seen.append((module, args, output)))
+    if balancer is not None:
+        balancer.attach(model)
+    torch.manual_seed(0)
+    (model(torch.stack([row["input_ids"] for row in rows()])).logits.sum() * 0).backward()
+    gradients = {name: of.grad for name, of in model.named_parameters() if of.grad is not None and of.grad.any()}
+    return seen, gradients, torch.get_rng_state()
+
+
+@pytest.mark.parametrize(
+    ("options", "use_reentrant"), [*itertools.product(DRAWING, (None, False)), *((of, True) for of in DRAWING[:-1])]
+)
+def test_the_second_pass_of_a_router_is_the_first(options, use_reentrant):
+    """With its random numbers, which the rest of the training does not miss."""
+    results = []
+    for balancer in (None, LoadBalancer("switch", 1.0, "router")):
+        model = moe_model("llama", **options).train()
+        if use_reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        results.append(watched_pass(model, balancer))
+    (without, none, state_without), (seen, gradients, state) = results
+    assert not none
+    assert torch.equal(state, state_without)
+    for (_, _, output), (_, _, expected) in zip(seen, without, strict=True):
+        assert all(torch.equal(*both) for both in zip(output, expected, strict=True))
+    assert gradients
+    assert all(".gate." in name for name in gradients)
+    values = balancer.values()
+    for (router, _, (logits, _, index)), name in zip(seen[:3], find_routers(model), strict=True):
+        counts = torch.bincount(index.flatten(), minlength=5)[:4]
+        scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+        scores = scores if router.score == "sigmoid" else logits.softmax(-1)
+        assert_close(values[name], 4 * (counts / counts.sum() * scores.mean(0)).sum().detach(), 1e-6)
+
+
+def test_the_logits_of_the_layer_before_get_no_gradient():
+    model = moe_model("llama", router_type="sigmoid_topk", router_residual=True).train()
+    seen, gradients, _ = watched_pass(model, LoadBalancer("switch", 1.0, "router"))
+    for layer, (router, (hidden, tokens), _) in enumerate(list(seen)):
+        before = None if tokens.previous_logits_TE is None else tokens.previous_logits_TE.detach()
+        logits, weights, index = router(hidden.detach(), Tokens(2, previous_logits_TE=before))
+        loss = by_hand("switch", logits, index, weights, torch.ones(2, 12), True)
+        for key, gradient in zip(
+            dict(router.named_parameters()), torch.autograd.grad(loss, list(router.parameters())), strict=True
+        ):
+            assert_close(gradients[f"model.layers.{layer}.mlp.gate.{key}"], gradient, 1e-6)
+
+
+def test_the_models_own_loss_keeps_its_gradient():
+    """The second pass of a router leaves the loss alone that the first left for the model."""
+    gradients = []
+    for balancer in (None, LoadBalancer("switch", 1.0, "router")):
+        model = moe_model("llama", router_type="normalized_logits", router_aux_loss_coef=1.0).train()
+        if balancer is not None:
+            balancer.attach(model)
+        ids = torch.stack([row["input_ids"] for row in rows()])
+        model(ids, labels=ids, output_router_logits=True).aux_loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("grad_to", ["all", "router"])
