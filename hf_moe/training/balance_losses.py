@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The balance losses of `hf_moe.models.losses` for one forward pass of a router, and when a router has none of a kind."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ..models import losses
-from ..models.routers import MoeRouter
+from ..models.routers import ROUTERS, MoeRouter
 from .router_hooks import RouterCall
+from .routers import Router
+
+
+OF_THE_LOAD = ("switch", "global_batch", "device")  # constant where all experts have the same load
 
 
 def balance_loss(
@@ -61,6 +67,27 @@ def balance_loss(
             raise ValueError(f"{num_experts} experts cannot be divided into num_devices={num_devices} groups.")
         return losses.device_loss(scores_TE, counts_E, num_devices, mask_T)
     return losses.switch_loss(scores_TE, counts_E, mask_T)
+
+
+def refuse_to_balance(routers: Iterable[Router], kind: str) -> None:
+    """
+    Raises:
+        ValueError: if a balance loss of this kind can change nothing about a router.
+    """
+    for module in (router.module for router in routers):
+        if not isinstance(module, MoeRouter) or module.has_balance_loss:
+            continue
+        router_type = next(name for name, router_class in ROUTERS.items() if router_class is type(module))
+        if not module.has_rows:
+            raise ValueError(
+                f"router_type={router_type!r} chooses by a fixed table and learns nothing, so that no loss can balance it. Leave the "
+                "balance loss out, or choose another `router_type`."
+            )
+        if kind in OF_THE_LOAD:
+            raise ValueError(
+                f"router_type={router_type!r} gives all experts the same load, so that {kind!r} changes nothing. Leave it out, or choose a "
+                "loss of weights or logits: 'importance_load', 'entropy' or 'z'."
+            )
 
 
 def has_z_loss(call: RouterCall) -> bool:

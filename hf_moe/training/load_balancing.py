@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..models import losses
 from ..models.routing_context import Tokens
-from .balance_losses import balance_loss, sparsity_loss
+from .balance_losses import balance_loss, refuse_to_balance, sparsity_loss
 from .dropped_slots import DroppedSlots
 from .gradient_injection import add_gradient, loss_scale_of
 from .random_state import RandomState
@@ -165,10 +165,13 @@ class LoadBalancer:
                 configuration's `output_router_logits` tells.
 
         Raises:
-            ValueError: if the model has no routers.
+            ValueError: if the model has no routers, or such as no loss of this kind can balance.
         """
         self.detach()
-        self._hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        hooks = model if isinstance(model, RouterHooks) else RouterHooks(model)
+        if self.base_coef:
+            refuse_to_balance(hooks.routers.values(), self.kind)
+        self._hooks = hooks
         self._sum_counts, self._sum_values, self._sum_dropped = (RankSum(self._hooks) for _ in range(3))
         if loss_scale is None:
             steps = gradient_accumulation_steps if accelerator is None else accelerator.gradient_accumulation_steps

@@ -550,6 +550,31 @@ def test_models_that_are_refused():
         model(torch.ones(1, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"router_type": "hash"}, "z", "router_type='hash' .* learns nothing.* Leave the balance loss out"),
+        (
+            {"router_type": "soft", "num_experts_per_tok": 4},
+            "switch",
+            "router_type='soft' .* same load, so that 'switch'",
+        ),
+        (
+            {"router_type": "expert_choice", "allow_causal_expert_choice": True},
+            "global_batch",
+            "router_type='expert_choice' .* same load",
+        ),
+    ],
+)
+def test_routers_that_no_loss_can_balance(options, kind, message):
+    model = moe_model("llama", **options).train()
+    with pytest.raises(ValueError, match=message):
+        LoadBalancer(kind).attach(model)
+    LoadBalancer(kind, coef=0.0).attach(model)
+    if options["router_type"] != "hash":
+        LoadBalancer("importance_load").attach(model)
+
+
 def test_a_router_that_does_not_reach_the_loss_is_said(caplog):
     model = trainable("mixtral")
     balancer = LoadBalancer("switch").attach(model)
