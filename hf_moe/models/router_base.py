@@ -92,6 +92,7 @@ class MoeRouter(nn.Module, ABC):
     has_noise = False  # whether training adds noise to the logits; then it has a `smooth_load_loss`
     has_balance_loss = True
     has_mixtral_loss = False  # whether `aux_loss` is Mixtral's, which takes all layers together
+    unreplayable_because: str | None = None  # unless it returns what it selects last, where others can be put
     chooses_parts = False  # whether it chooses among the parts of `sizes_of_parts` too, and not the input or all alike
 
     def __init__(self, config, num_experts: int):

@@ -163,6 +163,7 @@ class ExpertChoiceRouter(MoeRouter):
     requires = ("mask_T",)
     decides_alone = False
     has_variable_top_k = True
+    unreplayable_because = "its experts select tokens"
     has_balance_loss = False
 
     def __init__(self, config, num_experts: int):

@@ -41,6 +41,7 @@ class PrototypesRouter(MoeRouter):
     score = "softmax"
     has_z_loss = False
     options = CAPACITY_OPTIONS
+    unreplayable_because = "it selects experts by their place in a group"
     divides_by_top_k = True
 
     @property
@@ -76,6 +77,7 @@ class GroupedRouter(MoeRouter):
     )
     score = "softmax"
     options = (*CAPACITY_OPTIONS, "n_group", "use_expert_bias")
+    unreplayable_because = "it selects experts by their place in a group"
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
@@ -131,6 +133,7 @@ class HierarchicalRouter(MoeRouter):
     has_z_loss = False
     options = (*CAPACITY_OPTIONS, "norm_topk_prob", "n_group", "topk_group")
     chooses_parts = True
+    unreplayable_because = "it selects experts by their place in a group"
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)

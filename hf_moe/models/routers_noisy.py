@@ -127,6 +127,7 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
     has_z_loss = False
     ranks_all_experts = False
     chooses_parts = True
+    unreplayable_because = "it selects experts by their place in a group"
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
@@ -219,6 +220,11 @@ class GShardRouter(MoeRouter):
         self.normalizes_before_dropping = config.normalize_router_prob_before_dropping
         self.divides_after_dropping = not self.normalizes_before_dropping
         self.leaves_slots_empty = config.second_expert_policy == "random"
+        if config.second_expert_policy != "all":
+            policy = config.second_expert_policy
+            self.unreplayable_because = (
+                f"it draws lots for the second expert, with `second_expert_policy={policy!r}` instead of 'all'"
+            )
 
     @staticmethod
     def validate(config) -> None:

@@ -110,6 +110,7 @@ class ReluRouter(MoeRouter):
     score = "relu"
     options = (*CAPACITY_OPTIONS, *ZERO_EXPERT_OPTIONS, "router_residual", "num_experts_per_modality")
     has_variable_top_k = True
+    unreplayable_because = "it selects by a threshold"
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         weights_TE = at_least_float32(logits_TE).relu()

@@ -52,6 +52,7 @@ class SoftRouter(MoeRouter):
     score = "softmax"
     ranks_all_experts = True
     options: tuple[str, ...] = (*ZERO_EXPERT_OPTIONS, "router_residual")
+    unreplayable_because = "it takes all experts"
     has_balance_loss = False
 
     @staticmethod
@@ -227,6 +228,7 @@ class TopPRouter(MoeRouter):
         "router_residual",
         "num_experts_per_modality",
     )
+    unreplayable_because = "it returns not all that it selects"
     has_variable_top_k = True
 
     def __init__(self, config, num_experts: int):

@@ -196,7 +196,7 @@ class LoadBalancer:
         self._random_states: dict[str, RandomState] = {}  # before the last pass of each router
         if self.grad_to == "router":
             self._handles += [
-                router.module.register_forward_pre_hook(self._keep_random_state(name))
+                router.module.register_forward_pre_hook(self._keep_random_state(name), with_kwargs=True)
                 for name, router in self._hooks.routers.items()
             ]
         return self
@@ -313,11 +313,10 @@ class LoadBalancer:
             output = call.router.module.forward(*inputs, **keyword_inputs)
         return replace(call, inputs=inputs, keyword_inputs=keyword_inputs, output=output)
 
-    def _keep_random_state(self, name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, inputs: tuple) -> None:
+    def _keep_random_state(self, name: str) -> Callable[[nn.Module, tuple, dict[str, Any]], None]:
+        def hook(module: nn.Module, inputs: tuple, keyword_inputs: dict[str, Any]) -> None:
             if module.training:
-                devices = (value.device for value in inputs if isinstance(value, torch.Tensor))
-                self._random_states[name] = RandomState.now(next(devices, torch.device("cpu")))
+                self._random_states[name] = RandomState.before(*inputs, *keyword_inputs.values())
 
         return hook
 

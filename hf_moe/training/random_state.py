@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,8 +25,13 @@ class RandomState:
     of_device: torch.Tensor | None
 
     @classmethod
-    def now(cls, device: torch.device) -> "RandomState":
-        """Those of this moment. Nothing is asked of the device."""
+    def before(cls, *inputs: Any) -> "RandomState":
+        """Those of this moment, of the device on which the first tensor among the inputs of a module is."""
+        devices = (value.device for value in inputs if isinstance(value, torch.Tensor))
+        return cls._now(next(devices, torch.device("cpu")))
+
+    @classmethod
+    def _now(cls, device: torch.device) -> "RandomState":
         if device.type in ("cpu", "meta"):
             return cls(device, torch.get_rng_state(), None)
         return cls(device, torch.get_rng_state(), torch.get_device_module(device).get_rng_state(*cls._where(device)))
@@ -33,7 +39,7 @@ class RandomState:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Draw the same random numbers once more; behind it those are drawn that would have been drawn without it."""
-        after = RandomState.now(self.device)
+        after = RandomState._now(self.device)
         self._restore()
         try:
             yield

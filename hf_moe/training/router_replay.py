@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..models.routers import ROUTERS, MoeRouter
 from .moe_callback import Attachment, MoeCallback
+from .random_state import RandomState
 from .router_hooks import ModelCalls
 from .routers import Router, find_routers
 
@@ -29,13 +31,14 @@ class RouterReplay:
     difference can change a choice that was nearly a tie, and with it the shapes of tensors.
 
     Works for routers that choose with `topk`, `sort`, `argmax` or `max` and return the choice, also limited to groups or with a
-    bias; others are refused in their first pass.
+    bias. Of hf_moe's routers others are refused at once, of transformers' in their first pass. What a capacity drops of the
+    choice is not replayed: it follows from the choice, but for `capacity_policy="random"` and `"recycle"`.
 
     Args:
         model (`torch.nn.Module`): The model, or a module around it.
 
     Raises:
-        ValueError: if the model declares no router.
+        ValueError: if the model declares no router, or one of hf_moe's that cannot be replayed.
 
     Example:
 
@@ -50,8 +53,19 @@ class RouterReplay:
 
     def __init__(self, model: nn.Module):
         self.routers = find_routers(model)
+        for name, router in self.routers.items():
+            if isinstance(router.module, MoeRouter) and router.module.unreplayable_because is not None:
+                others = [
+                    repr(router_type) for router_type, kind in ROUTERS.items() if kind.unreplayable_because is None
+                ]
+                raise ValueError(
+                    f"{name} ({type(router.module).__name__}) cannot be replayed: {router.module.unreplayable_because}. Choose a "
+                    f"`router_type` of {', '.join(others)}."
+                )
         self._calls = ModelCalls(model)
         self._num_selections: dict[str, int] = {}
+        self._num_experts: dict[str, int] = {}
+        self._in_range: set[str] = set()  # whose choices were looked at once
         self._first_passes: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._checked: set[str] = set()
 
@@ -72,6 +86,8 @@ class RouterReplay:
             if name in choices:
                 raise ValueError(f"{name} ran a second time in `record`, which is for one forward pass of the model.")
             choices[name] = selections.last(name)
+            self._num_selections[name] = len(selections.found)
+            self._num_experts[name] = self.routers[name].logits(output).shape[-1]
             self._check(name, choices[name], output)
 
         with self._around_routers(before, after):
@@ -106,13 +122,18 @@ class RouterReplay:
             if name not in given:
                 return _Selections()
             if name not in self._num_selections:
-                with torch.no_grad(), _Selections() as live:
-                    num_experts = router.logits(router.module.forward(*args, **kwargs)).shape[-1]
-                if given[name].max() > num_experts:
-                    raise ValueError(
-                        f"The choices given for {name} go up to {int(given[name].max())}, and it has {num_experts} experts."
-                    )
+                random_state = RandomState.before(*args, *kwargs.values())
+                with torch.no_grad(), random_state.again(), _Selections() as live:
+                    output = router.module.forward(*args, **kwargs)
                 self._num_selections[name] = len(live.found)
+                self._num_experts[name] = router.logits(output).shape[-1]
+            if name not in self._in_range and given[name].max() >= self._num_experts[name]:
+                num_experts = self._num_experts[name]
+                raise ValueError(
+                    f"The choices given for {name} go up to {int(given[name].max())}, and it has {num_experts} experts, 0 to "
+                    f"{num_experts - 1}."
+                )
+            self._in_range.add(name)
             return _Selections(given[name], self._num_selections[name], name)
 
         def after(name: str, selections: "_Selections", output: Any) -> None:

@@ -2,6 +2,8 @@
 """Choices are replayed on every layout, with weights and gradients of the logits at hand."""
 
 import contextlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,23 @@ from torch.utils.checkpoint import CheckpointError
 
 from hf_moe import LoadBalancingCallback, RouterReplay, RouterReplayCallback
 from hf_moe.training.routers import find_routers
+
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from router_cases import ALL_CASES, ROUTER_CASES, build_model, with_routing_inputs
+
+
+# Routers that do not return what they select last.
+REFUSED = (
+    "soft",
+    "hierarchical_noisy_topk",
+    "expert_choice",
+    "top_p",
+    "relu",
+    "prototypes",
+    "grouped",
+    "hierarchical",
+)
 
 
 def ids(number: int = 2) -> torch.Tensor:
@@ -53,6 +72,44 @@ def test_what_was_recorded_is_chosen_again(kind):
     with replay.replay(choices):
         model(ids())
     assert all(torch.equal(choices[name], found[name]) for name in choices)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("case", [case for case in ALL_CASES if case not in REFUSED])
+def test_every_router_of_ours(case, is_training, batch):
+    """With what a capacity drops, noise and zero-computation experts."""
+    model = build_model(case).train(is_training)
+    inputs, replay, found = with_routing_inputs(batch, model), RouterReplay(model), chosen(model)
+
+    def logits() -> torch.Tensor:
+        torch.manual_seed(0)
+        return model(**inputs).logits
+
+    with torch.no_grad(), replay.record() as choices:
+        expected = logits()
+    with torch.no_grad(), RouterReplay(model).replay(choices):
+        assert torch.equal(logits(), expected)
+    if case != "hash":
+        shaken(model)
+        logits()
+        assert any(not torch.equal(choices[name], found[name]) for name in choices)
+    with replay.replay(choices):
+        logits()
+    assert all(torch.equal(choices[name], found[name]) for name in choices)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_routers_that_select_otherwise_are_refused(case):
+    with pytest.raises(ValueError, match="cannot be replayed: it.* Choose a `router_type` of") as refusal:
+        RouterReplay(build_model(case))
+    named = [name for name in ROUTER_CASES if f"'{name}'" in str(refusal.value)]
+    assert named == [name for name in ROUTER_CASES if name not in REFUSED]
+
+
+@pytest.mark.parametrize("policy", ["random", "sampling"])
+def test_lots_are_refused(policy):
+    with pytest.raises(ValueError, match=f"draws lots .* `second_expert_policy='{policy}'` instead of 'all'"):
+        RouterReplay(build_model("gshard", second_expert_policy=policy))
 
 
 def test_groups_stay_the_routers_own_business():
@@ -214,6 +271,11 @@ def test_what_is_refused():
         model(ids())
         with pytest.raises(ValueError, match="ran a second time in `record`"):
             model(ids())
+    with (
+        pytest.raises(ValueError, match="up to 4, and it has 4 experts, 0 to 3"),
+        RouterReplay(model).replay({name: torch.full((24, 2), 4)}),
+    ):
+        model(ids())
     model(ids())
     with pytest.raises(ValueError, match="Linear declares no router"):
         RouterReplay(nn.Linear(2, 2))
