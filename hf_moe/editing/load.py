@@ -13,7 +13,7 @@ from .moe_checkpoint import MoeCheckpoint
 
 def load_of_layers(moe: MoeCheckpoint, statistics: RoutingStatistics | str | Path) -> dict[int, torch.Tensor]:
     """
-    The share of the tokens' slots that each expert served, `(num_experts,)` per layer.
+    The share of the tokens' slots that the router gave each expert, `(num_experts,)` per layer.
 
     Args:
         statistics (`RoutingStatistics`, `str` or `Path`): The statistics, or the file that `RoutingStatistics.save` wrote.

@@ -87,6 +87,6 @@ def _to_row(example: Any) -> list[dict[str, Any]]:
             )
         example = RoutingStatistics.from_dict(dict(example))
     return [
-        {"layer": name, "counts": layer.counts.tolist(), "num_tokens": layer.num_tokens}
+        {"layer": name, "counts": layer.demand.tolist(), "num_tokens": layer.num_tokens}
         for name, layer in example.layers.items()
     ]

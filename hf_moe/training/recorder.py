@@ -69,7 +69,7 @@ class RoutingRecorder:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        # Per router `(num_experts + 2,)`: the counts, and behind them the numbers of dropped slots and of tokens.
+        # Per router `(2 * num_experts + 1,)`: slots that each expert served, that it was given, and the number of tokens.
         self._counts: dict[str, torch.Tensor] = {}
         self._together: dict[str, torch.Tensor] = {}
         # Per router the `(T, K)` choices of every pass.
@@ -91,13 +91,10 @@ class RoutingRecorder:
         self._check_has_run()
         layers = {}
         for name, counts_and_tokens in self._counts.items():
-            *counts, num_dropped, num_tokens = counts_and_tokens.tolist()
-            layers[name] = LayerRouting(
-                torch.tensor(counts, dtype=torch.int64),
-                num_tokens,
-                num_dropped,
-                self.routers[name].num_zero_computation_experts,
-            )
+            *both, num_tokens = counts_and_tokens.tolist()
+            counts_E, demand_E = torch.tensor(both, dtype=torch.int64).chunk(2)
+            num_zero_computation_experts = self.routers[name].num_zero_computation_experts
+            layers[name] = LayerRouting(counts_E, num_tokens, num_zero_computation_experts, demand_E)
         return RoutingStatistics({name: layers[name] for name in self.routers if name in layers})
 
     def coactivation(self) -> dict[str, torch.Tensor]:
@@ -139,8 +136,7 @@ class RoutingRecorder:
     def _count(self, call: RouterCall) -> None:
         if call.is_recomputation:
             return
-        dropped_and_tokens = torch.stack([torch.zeros_like(call.counts_E[0]), call.num_tokens.reshape(())])
-        counts_and_tokens = torch.cat([call.counts_E, dropped_and_tokens]).long()
+        counts_and_tokens = torch.cat([call.counts_E, call.counts_E, call.num_tokens.reshape(1)]).long()
         self._counts[call.name] = self._counts.get(call.name, 0) + counts_and_tokens
         if self._counts_pairs:
             index_TK, num_experts = call.top_k_index_TK, call.logits_TE.shape[-1]
@@ -153,7 +149,7 @@ class RoutingRecorder:
             self._choices[call.name].append(_sorted_choices(call).cpu())
 
     def _count_dropped(self, name: str, change: torch.Tensor, is_training: bool) -> None:
-        self._counts[name][:-1] += change.long()
+        self._counts[name][: len(change) - 1] += change[:-1].long()
 
 
 def _sorted_choices(call: RouterCall) -> torch.Tensor:

@@ -23,7 +23,7 @@ class LayerSpecialization:
     The routing of one layer over several domains.
 
     Args:
-        counts (`torch.Tensor` of shape `(num_domains, num_experts)`): Number of slots that each expert served of each domain.
+        counts (`torch.Tensor` of shape `(num_domains, num_experts)`): Number of slots of each domain that the router gave each expert.
         weights (`torch.Tensor` of shape `(num_domains,)`): Share of each domain; sums to 1.
     """
 
@@ -32,7 +32,7 @@ class LayerSpecialization:
 
     @cached_property
     def load(self) -> torch.Tensor:
-        """`(num_domains, num_experts)` share of the domain's slots that each expert served; a domain's shares sum to 1."""
+        """`(num_domains, num_experts)` share of the domain's slots that each expert got; a domain's shares sum to 1."""
         return self.counts.double() / self.counts.sum(-1, keepdim=True)
 
     @cached_property
@@ -175,4 +175,4 @@ def _stacked_counts(statistics: Mapping[str, RoutingStatistics]) -> dict[str, to
                 raise ValueError(
                     f"No expert of {name} served a token of {domain!r}. Give it more text, or leave it out."
                 )
-    return {name: torch.stack([routing[name].counts for routing in statistics.values()]) for name in sizes}
+    return {name: torch.stack([routing[name].demand for routing in statistics.values()]) for name in sizes}

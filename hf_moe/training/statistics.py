@@ -16,17 +16,26 @@ class LayerRouting:
     """
     The routing of one layer.
 
+    What says how even it is (`load`, `entropy`, `max_violation`, `coefficient_of_variation`, `dead_experts`) is about the slots that the
+    router gave each expert, `demand`: a capacity makes those even that are served by dropping the others. What is served is in
+    `counts`, and in `experts_per_token`, `dropped_fraction` and `zero_computation_fraction`.
+
     Args:
         counts (`torch.Tensor` of shape `(num_experts,)`): Number of token slots each expert served.
         num_tokens (`int`): Number of tokens seen, padding left out.
-        num_dropped (`int`, *optional*, defaults to 0): Number of slots that found no room in the expert they were routed to.
         num_zero_computation_experts (`int`, *optional*, defaults to 0): How many of the experts, the last ones, compute nothing.
+        demand (`torch.Tensor` of shape `(num_experts,)`, *optional*): Number of token slots that the router gave each expert, before a
+            capacity dropped some of them; `counts` by default.
     """
 
     counts: torch.Tensor
     num_tokens: int
-    num_dropped: int = 0
     num_zero_computation_experts: int = 0
+    demand: torch.Tensor = None
+
+    def __post_init__(self):
+        if self.demand is None:
+            object.__setattr__(self, "demand", self.counts)
 
     def __add__(self, other: "LayerRouting") -> "LayerRouting":
         """The routing of both texts."""
@@ -34,8 +43,13 @@ class LayerRouting:
             self,
             counts=self.counts + other.counts,
             num_tokens=self.num_tokens + other.num_tokens,
-            num_dropped=self.num_dropped + other.num_dropped,
+            demand=self.demand + other.demand,
         )
+
+    @property
+    def num_dropped(self) -> int:
+        """Number of slots that found no room."""
+        return int((self.demand - self.counts).sum())
 
     @property
     def experts_per_token(self) -> float:
@@ -45,7 +59,7 @@ class LayerRouting:
     @property
     def dropped_fraction(self) -> float:
         """Share of the slots that found no room."""
-        return self.num_dropped / max(int(self.counts.sum()) + self.num_dropped, 1)
+        return self.num_dropped / max(int(self.demand.sum()), 1)
 
     @property
     def zero_computation_fraction(self) -> float:
@@ -55,29 +69,29 @@ class LayerRouting:
 
     @property
     def load(self) -> torch.Tensor:
-        """Share of the slots each expert served, `(num_experts,)`; sums to 1."""
-        return self.counts.double() / max(int(self.counts.sum()), 1)
+        """Share of the slots that the router gave each expert, `(num_experts,)`; sums to 1."""
+        return self.demand.double() / max(int(self.demand.sum()), 1)
 
     @property
     def entropy(self) -> float:
-        """Entropy of the load divided by its maximum: 1 if all experts serve alike, 0 if one serves all."""
+        """Entropy of the load divided by its maximum: 1 if all experts get the same, 0 if one gets all."""
         load = self.load
         return float(torch.special.entr(load).sum()) / math.log(len(load)) if len(load) > 1 else 1.0
 
     @property
     def max_violation(self) -> float:
-        """`(largest - mean) / mean` of the counts: 0 if balanced, `num_experts - 1` if one expert serves all."""
+        """`(largest - mean) / mean` of the demand: 0 if balanced, `num_experts - 1` if one expert gets all."""
         return float(self.load.max()) * len(self.counts) - 1
 
     @property
     def coefficient_of_variation(self) -> float:
-        """Population standard deviation of the counts divided by their mean: 0 if balanced."""
+        """Population standard deviation of the demand divided by its mean: 0 if balanced."""
         return float(self.load.std(correction=0)) * len(self.counts)
 
     @property
     def dead_experts(self) -> list[int]:
-        """Experts that served no token."""
-        return torch.nonzero(self.counts == 0).flatten().tolist()
+        """Experts that no token was routed to."""
+        return torch.nonzero(self.demand == 0).flatten().tolist()
 
 
 class RoutingStatistics:
@@ -139,6 +153,7 @@ class RoutingStatistics:
             "layers": {
                 name: {
                     "counts": layer.counts.tolist(),
+                    "demand": layer.demand.tolist(),
                     "num_tokens": layer.num_tokens,
                     "load": layer.load.tolist(),
                     "entropy": layer.entropy,
@@ -162,8 +177,8 @@ class RoutingStatistics:
                     torch.tensor(layer["counts"], dtype=torch.int64),
                     layer["num_tokens"],
                     # Files from before there were capacities do not have these.
-                    layer.get("num_dropped", 0),
                     layer.get("num_zero_computation_experts", 0),
+                    torch.tensor(layer.get("demand", layer["counts"]), dtype=torch.int64),
                 )
                 for name, layer in values["layers"].items()
             }

@@ -34,7 +34,7 @@ class RouterStatisticsCallback(MoeCallback):
 
     | key | what |
     |---|---|
-    | `moe/load_max_mean` | slots of the busiest expert by the mean |
+    | `moe/load_max_mean` | slots that the router gave the busiest expert, by the mean |
     | `moe/load_cv` | coefficient of variation of the slots |
     | `moe/max_violation` | `load_max_mean - 1` |
     | `moe/entropy` | entropy of the load by its maximum |
@@ -46,7 +46,8 @@ class RouterStatisticsCallback(MoeCallback):
     | `moe/z_loss` | mean square of the logits' logsumexp, of the steps that are logged |
 
     Counted are the tokens of training since the last log, without padding and evaluation, of all ranks, in both kinds of
-    gradient checkpointing once. Between logs nothing is asked of the device.
+    gradient checkpointing once. The load is what the router wants, with the slots that a capacity drops. Between logs nothing is
+    asked of the device.
 
     Args:
         per_layer (`bool`, *optional*, defaults to `False`): Whether to log every layer too, as `moe/layer_3/entropy`.
@@ -69,8 +70,8 @@ class RouterStatisticsCallback(MoeCallback):
         super().__init__(per_layer=per_layer, folder=self.folder)
 
     def reset(self) -> None:
-        # Per router: slots of each expert, number of tokens, passes with logits that are not finite, dropped slots; sums of losses,
-        # their number; what capacities change about the slots.
+        # Per router: slots that each expert served, that it was given, number of tokens, passes with logits that are not finite;
+        # sums of losses, their number; what capacities change about the slots.
         self._counts: dict[str, torch.Tensor] = {}
         self._losses: dict[str, torch.Tensor] = {}
         self._pending: dict[str, list[tuple[torch.Tensor, ...]]] = {}
@@ -129,16 +130,13 @@ class RouterStatisticsCallback(MoeCallback):
         values = {name: of for name, tensor in counts.items() if any(of := tensor.tolist())}
         if not values:
             return {}
-        if broken := [name for name, of_layer in values.items() if of_layer[-2]]:
+        if broken := [name for name, of_layer in values.items() if of_layer[-1]]:
             logger.warning(
                 f"Before step {self._step} the logits of {broken[0]}{f' and {len(broken) - 1} other routers' if broken[1:] else ''} were NaN "
                 "or infinite. Lower the learning rate, or look at what goes into that layer."
             )
         routers = cast(RouterHooks, self._hooks).routers
-        layers = {
-            name: LayerRouting(torch.tensor(of[:-3]), of[-3], of[-1], routers[name].num_zero_computation_experts)
-            for name, of in values.items()
-        }
+        layers = {name: _layer_routing(of, routers[name].num_zero_computation_experts) for name, of in values.items()}
         statistics = RoutingStatistics(layers)
         if self.folder is not None and is_first_process():
             RoutingHistory.append(self.folder, self._step, statistics)
@@ -161,13 +159,13 @@ class RouterStatisticsCallback(MoeCallback):
         for name, passes in self._pending.items():
             counts, tokens, sums = (torch.stack(values) for values in zip(*passes, strict=True))
             num_broken = (~sums.isfinite()).sum()
-            others = [tokens.sum(), num_broken.to(tokens), torch.zeros_like(tokens[0])]
-            added = torch.cat([counts.sum(0), torch.stack(others)]).long()
+            others = torch.stack([tokens.sum(), num_broken.to(tokens)])
+            added = torch.cat([counts.sum(0), counts.sum(0), others]).long()
             self._counts[name] = added + self._counts.get(name, torch.zeros_like(added)).to(added.device)
         self._pending = {}
         for name, change in self._changes.items():
-            added = torch.cat([change[:-1], torch.zeros_like(change[:2]), change[-1:]]).long()
-            self._counts[name] = self._counts[name] + added
+            change_E = change[:-1].long()
+            self._counts[name][: len(change_E)] += change_E
         self._changes = {}
 
     @torch.no_grad()
@@ -209,6 +207,12 @@ class RouterStatisticsCallback(MoeCallback):
             logger.warning(f"RouterStatisticsCallback leaves out `moe/aux_loss`: {error}")
             self._unknown.add(call.name)
             return None
+
+
+def _layer_routing(counted: list[int], num_zero_computation_experts: int) -> LayerRouting:
+    *both, num_tokens, _ = counted
+    counts_E, demand_E = torch.tensor(both).chunk(2)
+    return LayerRouting(counts_E, num_tokens, num_zero_computation_experts, demand_E)
 
 
 def _row(layer: LayerRouting, sums: torch.Tensor | None) -> dict[str, float]:

@@ -163,8 +163,8 @@ def test_layers_without_tokens_are_left_out(tmp_path):
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), is_world_process_zero=lambda: True)
     callback.begin(model, SimpleNamespace(hooks=lambda model: RouterHooks(model), trainer=trainer))
     first, second, _ = find_routers(model)
-    for second_counts in ([4, 0, 0, 0, 2, 0, 0], [0] * 7):
-        callback._counts = {first: torch.tensor([1, 1, 1, 1, 2, 0, 0]), second: torch.tensor(second_counts)}
+    for second_counts in ([4, 0, 0, 0] * 2 + [2, 0], [0] * 10):
+        callback._counts = {first: torch.tensor([1] * 8 + [2, 0]), second: torch.tensor(second_counts)}
         callback._losses = {first: torch.tensor([1.5, 3.0, 1.0, 1.0]), second: torch.tensor([0.0, 0.0, 0.0, 0.0])}
         metrics = callback.metrics()
         assert metrics["moe/max_violation"] == (1.5 if any(second_counts) else 0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recorder, statistics, callback and balance losses on models with every router of hf_moe, beside what the blocks got."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -65,6 +66,27 @@ def test_the_recorder_counts_what_reaches_the_experts(case, is_training, batch):
         assert sum(layer.num_dropped for layer in layers.values()) > 0
 
 
+@pytest.mark.parametrize("policy", ["position", "recycle"])
+def test_the_load_is_what_the_router_wants(policy, batch):
+    """A capacity that leaves every expert two slots makes even what is served, and not what is wanted."""
+    values = {"capacity_policy": policy, "capacity_factor": 0.01, "min_capacity": 2}
+    made, wanted = build_model("capacity by position", **values).train(), []
+    is_token_T = batch["attention_mask"].bool().flatten()
+    for layer in made.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: wanted.append(output[2][is_token_T]))
+    with RoutingRecorder(made) as recorder:
+        made(**with_routing_inputs(batch, made))
+    for layer, index_TK in zip(recorder.statistics().layers.values(), wanted, strict=True):
+        demand = torch.bincount(index_TK.flatten(), minlength=NUM_EXPERTS).double()
+        assert layer.demand.tolist() == demand.tolist()
+        assert layer.counts.max() == 2
+        assert layer.num_dropped == 38 - layer.counts.sum()
+        assert layer.max_violation == pytest.approx((demand.max() / demand.mean() - 1).item())
+        assert layer.coefficient_of_variation == pytest.approx((demand.std(correction=0) / demand.mean()).item())
+        assert layer.entropy == pytest.approx(torch.distributions.Categorical(demand).entropy().item() / math.log(8))
+        assert layer.dead_experts == [expert for expert in range(8) if not demand[expert]]
+
+
 def test_dropped_slots_add_up_over_texts_and_survive_a_file(batch, tmp_path):
     made = build_model("capacity by position").train()
     with RoutingRecorder(made) as recorder:
@@ -78,6 +100,7 @@ def test_dropped_slots_add_up_over_texts_and_survive_a_file(batch, tmp_path):
     for name, layer in twice.layers.items():
         for other in (together[name], again[name]):
             assert torch.equal(other.counts, layer.counts)
+            assert torch.equal(other.demand, layer.demand)
             assert (other.num_dropped, other.num_tokens) == (layer.num_dropped, layer.num_tokens)
 
 

@@ -10,13 +10,13 @@ import hf_moe.metrics.routing_rows as routing_rows
 
 
 _DESCRIPTION = """
-How evenly the experts of each sparse layer are used, from counts of the slots that they served:
+How evenly the experts of each sparse layer are used, from counts of the slots that the router gave them:
 
 - `coefficient_of_variation`: standard deviation of the counts divided by their mean, 0 if balanced (its square is the load
   term of Shazeer et al., 2017);
 - `max_violation`: how far the busiest expert is above the mean, divided by the mean, 0 if balanced (Wang et al., 2024);
 - `entropy` of the load divided by its maximum, 1 if balanced;
-- `dead_fraction`: share of experts that served no token.
+- `dead_fraction`: share of experts that got no token.
 """
 
 _CITATION = """\
