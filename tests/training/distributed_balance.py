@@ -21,6 +21,7 @@ from router_gradients import KINDS, MODELS, injected_gradients, native_gradient,
 from test_callbacks import make_trainer
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerState
 
 from hf_moe import (
@@ -34,6 +35,19 @@ from hf_moe.training.load_balancing import LoadBalancer
 from hf_moe.training.routers import find_routers
 
 
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from router_cases import build_model, with_routing_inputs
+
+
+# Routers with more parameters and buffers than a weight, in which every one has to get a gradient.
+MORE_STATE = (
+    "zero-computation experts",
+    "attention",
+    "hierarchical_noisy_topk",
+    "grouped",
+    "sigmoid_topk",
+    "modality",
+)
 DDP_SETTINGS: dict[str, dict[str, Any]] = {
     "DDP": {},
     "DDP, accumulation 2": {"gradient_accumulation_steps": 2},
@@ -124,6 +138,16 @@ def watched(folder: Path, steps_per_update: int, save: str) -> dict[str, Any]:
     }
 
 
+def gradients_of_rank(case: str, rank: int, is_parallel: bool) -> dict[str, torch.Tensor | None]:
+    """Of all parameters, from the row of a process, or from those of both by DDP."""
+    model = build_model(case).train()
+    batch = {key: value[None] for key, value in rows(2)[rank].items()}
+    torch.manual_seed(rank)
+    wrapped = DistributedDataParallel(model) if is_parallel else model
+    wrapped(**with_routing_inputs(batch, model)).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
 def main(folder: str, rank: int, world_size: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
@@ -143,6 +167,8 @@ def main(folder: str, rank: int, world_size: int) -> None:
             results[model_kind, f"FSDP2, {use_reentrant=}"] = sharded_gradients(model_kind, rank, use_reentrant)
         if model_kind != "moe_llama":
             results[model_kind, "transformers"] = {"native": native_gradient(model_kind, rows())}
+    for case in MORE_STATE if world_size > 1 else ():
+        results["routers", case] = gradients_of_rank(case, rank, is_parallel=True)
     for save in SAVES if world_size > 1 else ():
         results["deepseek_v3", f"callbacks, {save}"] = watched(Path(folder, save), 1, save)
     torch.save(results, f"{folder}/gradients{rank}.pt")

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from distributed_balance import DDP_SETTINGS, SAVES, run_processes, watched
+from distributed_balance import DDP_SETTINGS, MORE_STATE, SAVES, gradients_of_rank, run_processes, watched
 from router_gradients import MODELS, native_gradient, rows
 from test_load_balancing import expected_gradient
 
@@ -38,6 +38,14 @@ def test_two_processes_are_averaged(tmp_path):
                 assert found.keys() == expected.keys()
                 for kind, gradient in found.items():
                     assert_close(gradient, expected[kind], 1e-6)
+
+    # All that a router has gets the mean of what it would get in each process alone.
+    for case in MORE_STATE:
+        alone = [gradients_of_rank(case, rank, is_parallel=False) for rank in range(2)]
+        for of_rank in results:
+            assert of_rank["routers", case].keys() == alone[0].keys()
+            for name, gradient in of_rank["routers", case].items():
+                assert_close(gradient, (alone[0][name] + alone[1][name]) / 2, 1e-5)
 
     # Callbacks know what both processes saw, as in one that accumulates.
     for save in SAVES:
