@@ -19,8 +19,16 @@ import torch
 from .errors import UpcycleError
 from .feed_forward import FeedForward, LayerContext, LayerSizes, SparseLayer
 from .partition import partition_neurons
-from .routing import has_loud_zero_experts, ranks_all_experts, unsteady_because, weight_sum, weight_sum_at_zero
-from .scaling import scaling_rounds, with_whole_weight
+from .routing import (
+    has_loud_zero_experts,
+    ranks_all_experts,
+    unsteady_because,
+    varying_because,
+    weighs_all_alike,
+    weight_sum,
+    weight_sum_at_zero,
+)
+from .scaling import expected_sum, scaling_rounds, with_whole_weight
 
 
 if TYPE_CHECKING:
@@ -334,14 +342,16 @@ def qwen(dense: FeedForward, context: LayerContext) -> SparseLayer:
 
 
 def _split_is_inexact(recipe: "UpcycleConfig", dtype: torch.dtype, is_gated: bool) -> str | None:
-    if any(recipe.num_experts_per_tok < num_experts for num_experts in recipe.expert_counts):
-        return "a token gets a part of the dense neurons only (split with num_experts_per_tok < num_experts)"
-    if recipe.router_init != "zero":
+    num_experts = recipe.num_experts_per_tok
+    if any(num_experts < count for count in recipe.expert_counts):
+        return varying_because(recipe) or (
+            "a token gets a part of the dense neurons only (split with num_experts_per_tok < num_experts)"
+        )
+    if weighs_all_alike(recipe, num_experts, std=0.0 if recipe.router_init == "zero" else 1.0):
+        return scaling_rounds(recipe, num_experts / expected_sum(recipe, num_experts), dtype, is_gated)
+    if weighs_all_alike(recipe, num_experts, std=0.0):
         return "the experts are weighted unequally; with all of them chosen, router_init='zero' is exact"
-    total = weight_sum_at_zero(recipe, recipe.expert_counts[0])
-    if total is None:
-        return unsteady_because(recipe)
-    return scaling_rounds(recipe, recipe.num_experts_per_tok / total, dtype, is_gated)
+    return varying_because(recipe) or unsteady_because(recipe)
 
 
 def _split_sizes(recipe: "UpcycleConfig", num_experts: int, size: int) -> LayerSizes:

@@ -38,35 +38,53 @@ def router_fields(recipe: "UpcycleConfig") -> dict[str, Any]:
 def weight_sum(recipe: "UpcycleConfig", num_experts: int) -> float | None:
     """What the weights of a token sum to whatever the router's rows are; None if that depends on the token."""
     fields = _fields(recipe)
-    router = ROUTERS[fields.router_type]
-    if fields.num_zero_computation_experts or _drops(fields) or router.weighs_input:
-        return None
-    return router.weight_sum(fields, num_experts)
+    return None if _leaves_parts_out(fields) else ROUTERS[fields.router_type].weight_sum(fields, num_experts)
 
 
-@torch.no_grad()
 def weight_sum_at_zero(recipe: "UpcycleConfig", num_experts: int) -> float | None:
     """What they sum to with a router of zeros, asked of one; None if experts cannot make up for it."""
     fields = _fields(recipe)
-    router_class = ROUTERS[fields.router_type]
-    if (
-        fields.num_zero_computation_experts
-        or _drops(fields)
-        or router_class.weighs_input
-        or not router_class.decides_alone
-    ):
+    if _leaves_parts_out(fields) or not ROUTERS[fields.router_type].decides_alone:
         return None
-    router = router_class(SimpleNamespace(**vars(fields), hidden_size=1, vocab_size=1), num_experts).eval()
-    with torch.random.fork_rng(devices=[]):
-        router.init_weights(0.0)
-    if router.weight is not None:
-        router.weight.zero_()
-    parts = fields.num_experts_per_modality or [num_experts]
-    nothing_T = torch.zeros(len(parts), dtype=torch.long)
-    tokens = Tokens(len(parts), input_ids_T=nothing_T, domain_T=nothing_T, modality_T=torch.arange(len(parts)))
-    _, weights_TK, _ = router(torch.zeros(len(parts), 1), tokens)
+    weights_TK, _ = _ask(fields, num_experts, std=0.0)
     sums = weights_TK.sum(-1).tolist()
     return sums[0] if sums[0] > 0 and max(sums) - min(sums) < 1e-6 else None
+
+
+def weighs_all_alike(recipe: "UpcycleConfig", num_experts: int, std: float) -> bool:
+    """
+    Whether a token gets each of the experts, all with one weight, where `num_experts_per_tok` is their number.
+
+    It is asked of a router whose rows have this standard deviation.
+    """
+    fields = _fields(recipe)
+    if _leaves_parts_out(fields):
+        return False
+    weights_TK, index_TK = _ask(fields, num_experts, std)
+    gets_all = torch.equal(index_TK.sort(-1).values, torch.arange(num_experts).expand_as(index_TK))
+    return gets_all and (weights_TK.max() - weights_TK.min()).item() < 1e-6
+
+
+@torch.no_grad()
+def _ask(fields: SimpleNamespace, num_experts: int, std: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(T, K)` weights and experts that a router with such rows gives to a token of every modality."""
+    fields = SimpleNamespace(**{**vars(fields), "hidden_size": 1, "vocab_size": 1, "capacity_group": "batch"})
+    router = ROUTERS[fields.router_type](fields, num_experts).eval()
+    with torch.random.fork_rng(devices=[]):
+        router.init_weights(std)
+        if router.weight is not None:
+            router.weight.normal_(0.0, std)
+    num_tokens = len(fields.num_experts_per_modality or [num_experts])
+    nothing_T = torch.zeros(num_tokens, dtype=torch.long)
+    tokens = Tokens(num_tokens, input_ids_T=nothing_T, domain_T=nothing_T, modality_T=torch.arange(num_tokens))
+    _, weights_TK, index_TK = router(torch.ones(num_tokens, 1), tokens)
+    return weights_TK, index_TK
+
+
+def _leaves_parts_out(fields: SimpleNamespace) -> bool:
+    """Whether the weights of a token do not tell what the feed-forwards give together."""
+    has_zero_experts = bool(fields.num_zero_computation_experts)
+    return has_zero_experts or _drops(fields) or ROUTERS[fields.router_type].weighs_input
 
 
 def unsteady_because(recipe: "UpcycleConfig") -> str:
@@ -78,12 +96,24 @@ def unsteady_because(recipe: "UpcycleConfig") -> str:
         return f"tokens beyond the capacity are left out (eval_capacity_factor={fields.eval_capacity_factor})"
     if ROUTERS[fields.router_type].weighs_input:
         return f"router_type={fields.router_type!r} multiplies what goes into the experts"
+    if not ROUTERS[fields.router_type].decides_alone:
+        return f"other tokens decide which experts a token gets (router_type={fields.router_type!r})"
     how = (
         ""
         if recipe.norm_topk_prob or "norm_topk_prob" not in ROUTERS[fields.router_type].options
         else "norm_topk_prob=False, "
     )
     return f"the weights of the chosen experts do not sum to 1 ({how}router_type={fields.router_type!r})"
+
+
+def varying_because(recipe: "UpcycleConfig") -> str | None:
+    """Why `num_experts_per_tok` is not the number of experts that a token gets; None if it is."""
+    router_type = _fields(recipe).router_type
+    return (
+        f"the number of experts of a token varies (router_type={router_type!r})"
+        if ROUTERS[router_type].has_variable_top_k
+        else None
+    )
 
 
 def has_loud_zero_experts(recipe: "UpcycleConfig") -> bool:

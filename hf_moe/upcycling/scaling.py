@@ -20,9 +20,13 @@ def with_whole_weight(dense: FeedForward, context: LayerContext, num_parts: int 
     parts of a weight. Where the sum depends on the token, it is that of a router of zeros.
     """
     recipe = context.recipe
-    total = weight_sum(recipe, context.num_experts) or weight_sum_at_zero(recipe, context.num_experts) or 1.0
-    missing = 1 / total
+    missing = 1 / expected_sum(recipe, context.num_experts)
     return scale_output(dense, num_parts * missing, recipe.scale_on, bias_scale=missing)
+
+
+def expected_sum(recipe: "UpcycleConfig", num_experts: int) -> float:
+    """What the weights of a token sum to, or with a router of zeros would; 1 if that cannot be said."""
+    return weight_sum(recipe, num_experts) or weight_sum_at_zero(recipe, num_experts) or 1.0
 
 
 def scale_output(dense: FeedForward, scale: float, scale_on: str, bias_scale: float = 1) -> FeedForward:

@@ -248,3 +248,47 @@ def test_what_a_router_of_zeros_gives_is_asked_of_it(num_experts, values, dense,
     plan = plan_upcycle(dense[0].config, config)
     assert plan.exact == (values.get("router_options", {}).get("num_experts_per_modality") != [6, 2])
     assert upcycle(dense[1], tmp_path / "moe", config, progress=False).exact == plan.exact
+
+
+SPLIT_OPTIONS = {
+    "hierarchical_noisy_topk": {"n_group": 2, "topk_group": 2},
+    "hierarchical": {"n_group": 2, "topk_group": 2},
+    "expert_choice": {"allow_causal_expert_choice": True, "capacity_group": 32},
+    "grouped": {"n_group": 2},
+    "modality": {"num_experts_per_modality": [4]},
+}
+# Where `split` with K = E preserves the function only with a router of zeros, not even then, and whatever the rows are.
+SPLIT_IS_NEVER_EXACT, SPLIT_IS_ALWAYS_EXACT = ("llama4", "relu", "top_p"), ("hash", "prototypes")
+
+
+@pytest.mark.parametrize("router_type", sorted(set(ROUTERS) - {"switch", "gshard"}))  # which do not choose E experts
+def test_split_with_all_experts_is_exact_where_it_is_promised(router_type, tmp_path):
+    model = dense_model("llama", intermediate_size=64)
+    model.save_pretrained(tmp_path / "dense")
+    model.config.dtype = torch.float32
+    for router_init in ("zero", "normal") if ROUTERS[router_type].has_rows else ("normal",):
+        config = UpcycleConfig(
+            method="split",
+            num_experts=4,
+            num_experts_per_tok=4,
+            router_type=router_type,
+            router_options=SPLIT_OPTIONS.get(router_type),
+            router_init=router_init,
+            target="hf_moe",
+        )
+        promise = router_type not in SPLIT_IS_NEVER_EXACT
+        promise &= router_init == "zero" or router_type in SPLIT_IS_ALWAYS_EXACT
+        plan = plan_upcycle(model.config, config)
+        assert plan.exact == promise, plan.inexact_because
+        assert upcycle(tmp_path / "dense", tmp_path / router_init, config, progress=False).exact == promise
+
+
+def test_split_says_why_it_is_not_exact(dense):
+    """`num_experts_per_tok` is an upper bound of what top-p gives; with all of the probability it gives all experts."""
+    values = {"method": "split", "num_experts": 2, "num_experts_per_tok": 2, "router_init": "zero", "target": "hf_moe"}
+    plan = plan_upcycle(dense[0].config, UpcycleConfig(router_type="top_p", **values))
+    assert plan.inexact_because == "the number of experts of a token varies (router_type='top_p')"
+    everything = UpcycleConfig(router_type="top_p", router_options={"router_top_p": 1.0}, **values)
+    assert plan_upcycle(dense[0].config, everything).exact
+    plan = plan_upcycle(dense[0].config, UpcycleConfig(router_type="llama4", **values))
+    assert "multiplies what goes into the experts" in plan.inexact_because
