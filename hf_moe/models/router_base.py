@@ -145,6 +145,11 @@ class MoeRouter(nn.Module, ABC):
         """What the weights of a token sum to, None if that depends on the token."""
         return None
 
+    @staticmethod
+    def count_domains(config) -> int:
+        """How many values `domain_ids` may have; 1 if the router does not ask for them."""
+        return 1
+
     def forward(
         self, hidden_states: torch.Tensor, tokens: Tokens | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

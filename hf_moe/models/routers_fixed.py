@@ -97,6 +97,10 @@ class HashRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
 
+    @staticmethod
+    def count_domains(config) -> int:
+        return config.num_hash_domains
+
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         """The probability of every expert, 1 / K or 0."""
         index_TK = self._look_up(hidden_states_TH, tokens)

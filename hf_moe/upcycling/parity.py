@@ -51,8 +51,9 @@ def measure_parity(
         whole_model (`bool`, *optional*, defaults to `True`): Whether to compare the model's outputs too.
 
     Returns:
-        `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `beyond_window` (whether the tokens reach
-        beyond the sliding window; None without one) and per data type `layers` (largest difference of each block's
+        `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `in_each_of` (`"2 domains"` where the
+        tokens come once for each of them), `beyond_window` (whether the tokens reach beyond the sliding window; None without
+        one) and per data type `layers` (largest difference of each block's
         output divided by its largest value) and, for the whole model, `max_relative_error` of the logits,
         `top1_agreement` and `kl_divergence` (mean over tokens, in nats). `routing` says which experts the routers chose
         in float32, see [`~hf_moe.training.statistics.RoutingStatistics`].
@@ -138,7 +139,8 @@ def compare(
             if whole_model and not apart:
                 _compare_on_the_way(blocks, block_input, block_output, errors, index)
             else:
-                blocks[0].routing = RoutingContext(**_routing_inputs(plan, inputs)) if apart else None
+                known = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+                blocks[0].routing = RoutingContext(**known, **sample.routing) if apart else None
                 errors[str(index)] = _relative_error(sum(block(block_input) for block in blocks), block_output)
                 blocks[0].experts.deal_from = None
                 bar.update(0 if whole_model else 1)
@@ -147,7 +149,7 @@ def compare(
             for layer in layers:
                 _advance_with(layer, bar)
             with RoutingRecorder(model) as recorder:
-                outputs = output_of(model(**inputs, **_domains(plan, inputs)))
+                outputs = output_of(model(**inputs, **sample.routing))
             measured |= compare_outputs(outputs, expected)
             if apart:
                 return measured, _by_block(recorder.statistics())
@@ -162,22 +164,6 @@ def compare(
 def _routes_apart(block: torch.nn.Module) -> bool:
     """Whether what the experts of a block get is not the block's own tokens, one after the other."""
     return isinstance(block, MoeSparseBlock) and (block.has_empty_slots or block.weighs_input or bool(block.needs))
-
-
-def _routing_inputs(plan: UpcyclePlan, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What the model would tell its blocks about these inputs."""
-    return {
-        "input_ids": inputs.get("input_ids"),
-        "attention_mask": inputs.get("attention_mask"),
-        **_domains(plan, inputs),
-    }
-
-
-def _domains(plan: UpcyclePlan, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The first domain for all texts, where a model has several."""
-    if plan.native or plan.config.num_hash_domains == 1:
-        return {}
-    return {"domain_ids": torch.zeros(len(inputs["input_ids"]), dtype=torch.long)}
 
 
 def _by_block(statistics: RoutingStatistics) -> RoutingStatistics:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.routers import ROUTERS
 from .checkpoint import read_config
 from .compose import check_experts, composed_config, read_expert_configs
 from .errors import UpcycleError
@@ -22,6 +23,7 @@ from .methods import METHODS, inexact_because
 from .readers import misreadings
 from .recipe import UpcycleConfig
 from .router_init import ROUTER_INITIALIZERS
+from .routing import DEFAULT_ROUTER
 from .target import Target
 from .targets import (
     build_config,
@@ -228,10 +230,17 @@ def _warnings(
     recipe: UpcycleConfig, dtype: torch.dtype, is_gated: bool, misread_by: Mapping[str, list[str]]
 ) -> list[str]:
     found = []
-    if recipe.router_init == "zero":
+    router = ROUTERS[recipe.router_type or DEFAULT_ROUTER]
+    leaves_some_out = recipe.num_experts_per_tok < max(recipe.expert_counts)
+    if recipe.router_init == "zero" and leaves_some_out and not router.has_noise:
+        remedies = [
+            "router_jitter_noise",
+            "expert_noise",
+            *(["a selection bias"] if "use_expert_bias" in router.options else []),
+        ]
         found.append(
             "router_init='zero': all logits tie, so every token goes to the same experts and the others get no gradient. Train "
-            "with router_jitter_noise, expert_noise or a selection bias, or use 'normal'."
+            f"with {' or '.join(remedies)}, or use 'normal'."
         )
     if recipe.scale_on == "megatron":
         found.append(

@@ -116,6 +116,13 @@ def varying_because(recipe: "UpcycleConfig") -> str | None:
     )
 
 
+def kinds_of_tokens(recipe: "UpcycleConfig") -> tuple[str, int]:
+    """What a text may be where that decides which experts it can have, `"domains"` or `"modalities"`, and how many there are."""
+    fields = _fields(recipe)
+    num_domains = ROUTERS[fields.router_type].count_domains(fields)
+    return ("domains", num_domains) if num_domains > 1 else ("modalities", len(fields.num_experts_per_modality or [0]))
+
+
 def has_loud_zero_experts(recipe: "UpcycleConfig") -> bool:
     """Whether there are zero-computation experts that give something."""
     fields = _fields(recipe)

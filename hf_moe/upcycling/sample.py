@@ -13,6 +13,7 @@ from .calibration import MIN_TOKENS_PER_ROW, read_text
 from .checkpoint import Checkpoint, load_tokenizer
 from .errors import UpcycleError
 from .recipe import UpcycleConfig
+from .routing import kinds_of_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -40,11 +41,22 @@ The licensee may copy, modify and distribute the work, provided that this notice
 
 
 class Sample(NamedTuple):
-    """What both models are given: keyword arguments of `forward`, the number of tokens in them, and whether they are text."""
+    """
+    What the models are given.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`): Keyword arguments of `forward`.
+        num_tokens (`int`): The number of tokens in them.
+        is_text (`bool`): Whether they are text.
+        routing (`dict[str, torch.Tensor]`): More of them for the mixture of experts, whose routers read them.
+        in_each_of (`str`, *optional*): As what the same tokens come several times, `"2 domains"` or `"2 modalities"`.
+    """
 
     inputs: dict[str, torch.Tensor]
     num_tokens: int
     is_text: bool
+    routing: dict[str, torch.Tensor] = {}
+    in_each_of: str | None = None
 
     def as_type(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The inputs for a model of one data type: images are numbers, tokens are not."""
@@ -54,10 +66,26 @@ class Sample(NamedTuple):
 def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     """
     What [`sample_of`] gives, of the recipe's `calibration_text` or our own, with enough tokens to show which experts get
-    none.
+    none. Where domains or modalities have experts of their own, it comes once as each of them.
     """
     needed = max(NUM_TOKENS, TOKENS_PER_EXPERT * max(recipe.expert_counts) // recipe.num_experts_per_tok)
-    return sample_of(dense, needed, recipe.calibration_files)
+    sample = sample_of(dense, needed, recipe.calibration_files)
+    kinds, count = kinds_of_tokens(recipe)
+    return sample if count == 1 else _of_every_kind(sample, kinds, count)
+
+
+def _of_every_kind(sample: Sample, kinds: str, count: int) -> Sample:
+    """The same tokens as each of `count` domains or modalities."""
+    inputs = {name: torch.cat([value] * count) for name, value in sample.inputs.items()}
+    num_rows = len(next(iter(sample.inputs.values())))
+    kind_B = torch.arange(count).repeat_interleave(num_rows)
+    tokens_per_row = sample.num_tokens // num_rows
+    routing = (
+        {"domain_ids": kind_B}
+        if kinds == "domains"
+        else {"mm_token_type_ids": kind_B[:, None].expand(-1, tokens_per_row)}
+    )
+    return Sample(inputs, count * sample.num_tokens, sample.is_text, routing, f"{count} {kinds}")
 
 
 def sample_of(dense: Checkpoint, needed: int = NUM_TOKENS, files: Sequence[str] = ()) -> Sample:
@@ -123,4 +151,9 @@ def describe_sample(sample: Sample, config: PreTrainedConfig) -> dict[str, Any]:
     """What a reader must know of the tokens that were compared."""
     window = getattr(config, "sliding_window", None)
     beyond_window = sample.inputs["input_ids"].shape[1] > window if window else None
-    return {"num_tokens": sample.num_tokens, "text": sample.is_text, "beyond_window": beyond_window}
+    return {
+        "num_tokens": sample.num_tokens,
+        "text": sample.is_text,
+        "in_each_of": sample.in_each_of,
+        "beyond_window": beyond_window,
+    }

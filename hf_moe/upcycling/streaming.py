@@ -151,8 +151,9 @@ def run_sample(
     side: Side, config: PreTrainedConfig, sample: Sample, dtype: torch.dtype, target: Target | None = None
 ) -> torch.Tensor:
     """The logits of a checkpoint, or its last hidden states if it has no head; the arguments are those of [`streamed_model`]."""
+    routing = {} if target is None else sample.routing
     with torch.no_grad():
-        return output_of(streamed_model(side, config, dtype, target)(**sample.as_type(dtype)))
+        return output_of(streamed_model(side, config, dtype, target)(**sample.as_type(dtype), **routing))
 
 
 def output_of(outputs: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from ..hub.card import licence, read_parent_card, write_model_card
+from ..models.routers import ROUTERS
 from ..training.statistics import RoutingStatistics
 from ..version import __version__
 from .calibration import Calibration, Observations, calibrate, read_calibration
@@ -36,6 +37,7 @@ from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig
 from .report import UpcycleReport
 from .ridge import RIDGE_FOLDER
+from .routing import DEFAULT_ROUTER
 from .sample import Sample, describe_sample, draw_sample
 from .streaming import Side, streamed_model
 from .targets import dense_class, find_family, layer_prefix, meta_model
@@ -158,7 +160,7 @@ def upcycle(
     routing = None
     if parity is not None and "routing" in parity:
         routing = RoutingStatistics.from_dict(parity["routing"])
-        _warn_of_dead_experts(routing)
+        _warn_of_dead_experts(routing, recipe)
     return UpcycleReport(
         output_dir=output.given,
         model_type=plan.model_type,
@@ -190,14 +192,21 @@ def _in_background(function: Callable[[], Any]) -> Callable[[], Any]:
     return future.result
 
 
-def _warn_of_dead_experts(routing: RoutingStatistics) -> None:
+def _warn_of_dead_experts(routing: RoutingStatistics, recipe: UpcycleConfig) -> None:
+    router = ROUTERS[recipe.router_type or DEFAULT_ROUTER]
     dead = {name: layer.dead_experts for name, layer in routing.layers.items() if layer.dead_experts}
     if dead:
         name, experts = next(iter(dead.items()))
         logger.warning(
             f"In {len(dead)} of {len(routing.layers)} layers some experts got none of {routing[name].num_tokens} tokens, for "
-            f"example {experts} of {name}. They get no gradient either: another `router_init`, a smaller `router_logit_std` or "
-            "the load-balancing loss spreads the tokens."
+            f"example {experts} of {name}. "
+            + (
+                "They get no gradient either: another `router_init`, a smaller `router_logit_std` or the load-balancing loss "
+                "spreads the tokens."
+                if router.has_rows
+                else f"The table of router_type={recipe.router_type!r} gives each of them as many token ids as the others, of which "
+                "none is in this text. Other text has some: nothing is wrong, unless your training data are as narrow as this."
+            )
         )
 
 

@@ -418,7 +418,7 @@ def test_heads_of_other_sizes_cannot_be_averaged(tmp_path):
 def test_what_is_compared(verify, keys, compared, tmp_path):
     base, code, law = make_family(tmp_path, frozen=False)
     report = upcycle(base, tmp_path / "moe", recipe(code, law, verify=verify))
-    assert report.parity.keys() == {"num_tokens", "text", "beyond_window"} | keys
+    assert report.parity.keys() == {"num_tokens", "text", "in_each_of", "beyond_window"} | keys
     assert all(("max_relative_error" in row) == compared for row in report.parity["per_expert"])
     assert (report.max_relative_error is None) == (verify != "full")
     assert all((error > 1e-3) == compared for error in report.expert_errors.values())

@@ -13,7 +13,10 @@ from conftest import assert_close, dense_model
 
 from hf_moe import UpcycleConfig, plan_upcycle, upcycle, upcycle_model
 from hf_moe.models.routers import ROUTERS
+from hf_moe.training.statistics import LayerRouting, RoutingStatistics
 from hf_moe.upcycling.errors import UpcycleError
+from hf_moe.upcycling.layouts import FusedLayout
+from hf_moe.upcycling.upcycle import _warn_of_dead_experts
 
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -292,3 +295,50 @@ def test_split_says_why_it_is_not_exact(dense):
     assert plan_upcycle(dense[0].config, everything).exact
     plan = plan_upcycle(dense[0].config, UpcycleConfig(router_type="llama4", **values))
     assert "multiplies what goes into the experts" in plan.inexact_because
+
+
+@pytest.mark.parametrize("case", ["hash", "modality"])
+def test_the_proof_looks_at_every_domain_and_modality(case, dense, tmp_path, caplog, monkeypatch):
+    """So that nobody is told of experts that got no token, and a wrong expert of the last one is found."""
+    with caplog.at_level(logging.WARNING, logger="transformers"):
+        report = upcycle(dense[1], tmp_path / "moe", recipe(case), progress=False)
+    assert report.parity["in_each_of"] == {"hash": "2 domains", "modality": "2 modalities"}[case]
+    assert report.parity["num_tokens"] == 512
+    assert "got none of" not in caplog.text
+    assert all(layer.counts.min() > 0 for layer in report.routing.layers.values())
+    read = FusedLayout.read
+    monkeypatch.setattr(
+        FusedLayout,
+        "read",
+        lambda self, reader, layer, index, *shape: (
+            read(self, reader, layer, index, *shape)._replace(down_proj=torch.zeros(32, 48))
+            if index == NUM_EXPERTS - 1
+            else read(self, reader, layer, index, *shape)
+        ),
+    )
+    with pytest.raises(UpcycleError, match="does not compute what the dense model computes"):
+        upcycle(dense[1], tmp_path / "wrong", recipe(case), progress=False)
+
+
+def test_noise_is_searched_in_every_domain(dense, tmp_path):
+    report = upcycle(dense[1], tmp_path / "moe", recipe("hash", max_kl=1e-3), progress=False)
+    assert report.expert_noise > 0
+    assert 5e-4 < report.parity["float32"]["kl_divergence"] <= 1e-3
+
+
+def test_advice_can_be_followed(dense, caplog):
+    """None that needs rows of a router that has none, a bias where there can be none, or anything where all are chosen."""
+    routing = RoutingStatistics({"layers.0.mlp": LayerRouting(torch.tensor([0, 4]), 4)})
+    for case, expected in (("hash", "gives each of them as many token ids"), ("top_p", "another `router_init`")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="transformers"):
+            _warn_of_dead_experts(routing, recipe(case))
+        assert expected in caplog.text
+    for case, expected in (
+        ("softmax_topk", "router_jitter_noise or expert_noise or a selection bias"),
+        ("top_p", "router_jitter_noise or expert_noise, or use 'normal'"),
+        ("soft", None),
+        ("noisy_topk", None),
+    ):
+        warnings = plan_upcycle(dense[0].config, recipe(case, router_init="zero")).warnings
+        assert expected in warnings[0] if expected else not warnings
