@@ -24,6 +24,7 @@ from ..upcycling.legacy_config import add_legacy_keys
 from ..upcycling.output import OutputFolder, write_model_files, write_provenance
 from ..upcycling.parity import FLOAT32_BOUND
 from ..upcycling.readers import misreadings
+from ..upcycling.router_facts import describe_router
 from ..upcycling.sample import sample_of
 from ..upcycling.targets import meta_model
 from ..version import __version__
@@ -264,6 +265,7 @@ def _describe(model: PreTrainedModel, config: PreTrainedConfig, top_k: int | Non
         "misread_by": misreadings(config) if native and blocks else {},
         "num_experts": max((block.num_experts for block in blocks), default=None),
         "num_experts_per_tok": top_k,
+        "router": describe_router(config) if blocks else None,
         "num_parameters": model.num_parameters(),
         "num_active_parameters": model.num_parameters() - idle,
         "num_sparse_layers": len(blocks),

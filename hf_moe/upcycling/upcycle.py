@@ -37,7 +37,8 @@ from .plan import UpcyclePlan, plan_upcycle
 from .recipe import UpcycleConfig
 from .report import UpcycleReport
 from .ridge import RIDGE_FOLDER
-from .routing import DEFAULT_ROUTER
+from .router_facts import describe_router
+from .routing import DEFAULT_ROUTER, weight_sum
 from .sample import Sample, describe_sample, draw_sample
 from .streaming import Side, streamed_model
 from .targets import dense_class, find_family, layer_prefix, meta_model
@@ -328,6 +329,12 @@ def _find_noise(
     return float(path.read_text(encoding="utf-8"))
 
 
+def _hides_experts(recipe: UpcycleConfig) -> bool:
+    """Whether the router cannot tell at first that it has a choice: equal experts, with weights that always have one sum."""
+    has_fixed_sum = all(weight_sum(recipe, count) is not None for count in recipe.expert_counts)
+    return recipe.method == "copy" and has_fixed_sum and not recipe.expert_noise and recipe.max_kl is None
+
+
 def _provenance(
     recipe: UpcycleConfig,
     plan: UpcyclePlan,
@@ -351,6 +358,7 @@ def _provenance(
         "recipe": values,
         "calibration_text": texts,
         "paper": METHODS[recipe.method].paper,
+        "hides_experts": _hides_experts(recipe),
         "parent": {
             **parents[BASE],
             "model_type": checkpoint.config.model_type,
@@ -365,6 +373,8 @@ def _provenance(
             "exact": plan.exact,
             "inexact_because": plan.inexact_because,
             "misread_by": plan.misread_by,
+            "num_experts": sorted({*plan.experts_in_layer.values()}),
+            "router": describe_router(plan.config),
             "num_parameters": plan.num_parameters,
             "num_active_parameters": plan.num_active_parameters,
             "num_sparse_layers": len(plan.sparse_layers),

@@ -45,3 +45,54 @@ def test_card(recipe, expected, absent, tmp_path):
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert {"moe", "mixture-of-experts", "upcycled", "hf_moe"} <= set(data.tags)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected", "absent"),
+    [
+        (
+            {"router_type": "hash", "router_options": {"num_hash_domains": 2}},
+            [
+                "4 experts, 2 per token",
+                "`expert_of_token`, no weight",
+                "`domain_ids`, a tensor of shape (batch,) with the domain of each sequence, 0 to 1: each has 2 experts",
+                "no load-balancing loss to switch on, and nothing in the router is trained",
+                "the same in each of 2 domains",
+            ],
+            ["top-2", "output_router_logits", "the router no gradient", "| in_each_of"],
+        ),
+        (
+            {"router_type": "top_p"},
+            ["4 experts, a varying number per token", "if it takes 2 experts", "exceeds `router_top_p`"],
+            ["top-2", "the router no gradient"],
+        ),
+        (
+            {"router_type": "modality", "router_options": {"num_experts_per_modality": [2, 2]}},
+            ["4 experts, top-2", "`mm_token_type_ids`", "the same in each of 2 modalities"],
+            [],
+        ),
+        (
+            {"router_options": {"num_copy_experts": 1, "num_zero_experts": 2, "capacity_policy": "position"}},
+            ["zero-computation experts | 1 copy, 2 zero", "| capacity | in training 1.25 times", "`attention_mask`"],
+            ["| balance loss"],
+        ),
+        (
+            {"router_type": "soft", "num_experts_per_tok": 4},
+            ["4 experts, all for every token", "no load-balancing loss to switch on."],
+            ["top-4", "output_router_logits"],
+        ),
+    ],
+    ids=["hash", "top_p", "modality", "zero-computation", "soft"],
+)
+def test_card_says_what_the_router_does(recipe, expected, absent, tmp_path):
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", UpcycleConfig(num_experts=4, **recipe), progress=False)
+    text = (tmp_path / "moe" / "README.md").read_text()
+    assert [phrase for phrase in expected if phrase not in text] == []
+    assert [phrase for phrase in ["None", "{{", *absent] if phrase in text] == []
+
+
+def test_card_of_layers_with_other_numbers_of_experts(tmp_path):
+    dense_model("llama").save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "moe", UpcycleConfig(num_experts=[4, 2, 4]), progress=False)
+    assert "# dense, 2 or 4 experts, top-2" in (tmp_path / "moe" / "README.md").read_text()
