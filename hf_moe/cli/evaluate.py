@@ -11,7 +11,7 @@ from huggingface_hub.cli import out
 
 from .display import count
 from .harness import find_tasks, run_tasks
-from .loading import check_folder, load_model, read_text
+from .loading import DomainOpt, check_folder, load_model, read_text
 
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="JSON file for everything, with the counts of the experts.")
     ] = None,
+    domain: DomainOpt = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
     ] = False,
@@ -64,7 +65,7 @@ def evaluate(
         output.parent.mkdir(parents=True, exist_ok=True)
     chosen = None if tasks is None else find_tasks(tasks, include_path)
 
-    network, tokenizer = load_model(model, trust_remote_code)
+    network, tokenizer = load_model(model, trust_remote_code, domain)
     report: dict[str, Any] = {"model": model}
     if domains:
         report |= {"length": length, **_measure_domains(network, tokenizer, domains, length, max_tokens, batch_size)}

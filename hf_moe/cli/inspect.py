@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from huggingface_hub.cli import out
 
-from .loading import check_folder, load_model, read_text
+from .loading import DomainOpt, check_folder, load_model, read_text
 
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def inspect(
     output: Annotated[Path | None, typer.Option(help="JSON file for the full statistics.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to run in all.")] = 8192,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 512,
+    domain: DomainOpt = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
     ] = False,
@@ -62,7 +63,7 @@ def inspect(
         if path is not None:
             _check_output(path, path in pictures)
             path.parent.mkdir(parents=True, exist_ok=True)
-    network, tokenizer = load_model(model, trust_remote_code)
+    network, tokenizer = load_model(model, trust_remote_code, domain)
     sequences = [
         (path, sequence) for path in text for sequence in _sequences(tokenizer, path, max_tokens // len(text), length)
     ]

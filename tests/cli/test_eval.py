@@ -10,7 +10,7 @@ import torch
 from conftest import dense_model, moe_model, save_tokenizer
 from transformers import AutoTokenizer
 
-from hf_moe import RoutingRecorder, RoutingStatistics, perplexity
+from hf_moe import RoutingRecorder, RoutingStatistics, extract_domain, perplexity
 from hf_moe.training.specialization import ExpertSpecialization
 
 
@@ -211,3 +211,36 @@ def test_a_task_of_ones_own_in_lm_eval_itself(run_command, models, tmp_path):
         with torch.no_grad():
             nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert found == pytest.approx(nats / torch.tensor(2.0).log().item() / sum(map(len, TEXTS.values())), rel=1e-4)
+
+
+def test_models_with_experts_by_domain(run_command, models, tmp_path):
+    """Both commands need to be told of which domain the texts are, and measure what the model gives for it."""
+    model = moe_model("llama", router_type="hash", num_experts=4, num_hash_domains=2)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    texts = ("--text", f"code={models / 'code.txt'}", "--length", 64, "--max-tokens", 200, "--json")
+    run = run_command("eval", tmp_path, *texts, "--domain", 1)
+    assert run.returncode == 0, run.stderr
+    found, tokenizer = json.loads(run.stdout)["domains"]["code"], AutoTokenizer.from_pretrained(tmp_path)
+    expected = perplexity(extract_domain(model, 1), tokenizer, TEXTS["code"][:200], 64)
+    assert found["loss"] == pytest.approx(expected.loss)
+    inspected = ("inspect", tmp_path, "--text", models / "code.txt", "--html", tmp_path / "tokens.html", "--json")
+    run = run_command(*inspected, "--domain", 1)
+    assert run.returncode == 0, run.stderr
+    assert all(layer["counts"][:2] == [0, 0] for layer in json.loads(run.stdout)["layers"].values())
+    for arguments in (inspected, ("eval", tmp_path, *texts)):
+        for more in ((), ("--domain", 2)):
+            run = run_command(*arguments, *more)
+            assert run.returncode == 1
+            assert "has experts for 2 domains: say with --domain 0 to --domain 1" in run.stderr
+        run = run_command(arguments[0], models / "moe", *arguments[2:], "--domain", 0)
+        assert run.returncode == 1
+        assert "--domain 0 has no effect" in run.stderr
+
+
+def test_tokens_are_taken_as_text(run_command, models, tmp_path):
+    moe_model("llama", num_experts=4, num_experts_per_modality=[2, 2]).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    run = run_command("inspect", tmp_path, "--text", models / "code.txt")
+    assert run.returncode == 0, run.stderr
+    assert "All tokens are taken as text: of the experts [2, 2]" in run.stdout + run.stderr
