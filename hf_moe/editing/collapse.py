@@ -203,6 +203,6 @@ def _inexact_because(moe: MoeCheckpoint, parent: DenseParent, method: str, views
         is_gated = next(iter(moe.blocks.values())).expert.is_gated
         if (reason := inexact_because(parent.recipe, moe.config.dtype, is_gated)) is not None:
             return reason
-        if parent.edited and not next(iter(views.values())).normalizes:
-            return "experts were added or removed, and the weights of the chosen ones do not sum to 1"
+        if parent.edited and next(iter(views.values())).weight_sum is None:
+            return "experts were added or removed, and the weights of the chosen ones do not always sum to the same"
     return next((reason for view in views.values() if (reason := COLLAPSES[method].inexact_because(view))), None)

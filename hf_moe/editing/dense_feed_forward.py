@@ -15,7 +15,7 @@ from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward, LayerContext
 from ..upcycling.partition import partition_neurons
 from ..upcycling.recipe import UpcycleConfig
-from ..upcycling.scaling import scale_output
+from ..upcycling.scaling import expected_sum, scale_output
 from .dense_parent import DenseParent
 from .merge import equal, weighted_mean
 from .moe_checkpoint import MoeCheckpoint
@@ -44,9 +44,9 @@ class SparseView:
         return self.parent.recipe or UpcycleConfig()
 
     @property
-    def normalizes(self) -> bool:
-        """Whether the weights of the chosen experts sum to 1."""
-        return self.parent.target.normalizes or self.moe.config.norm_topk_prob
+    def weight_sum(self) -> float | None:
+        """What the weights of the chosen experts sum to; None if that depends on the token."""
+        return 1.0 if self.parent.target.normalizes else self.moe.weight_sum
 
     @property
     def block(self) -> SparseBlock:
@@ -93,12 +93,10 @@ class SparseView:
 
     @property
     def missing_weight(self) -> float:
-        """The factor by which the method made up for weights that do not sum to 1, but to the K-th part of E."""
-        if self.recipe.norm_topk_prob:
-            return 1
+        """The factor by which the method made up for weights that do not sum to 1."""
         counts = self.recipe.expert_counts
         made = counts[list(self.moe.blocks).index(self.index)] if len(counts) > 1 else counts[0]
-        return made / self.recipe.num_experts_per_tok
+        return 1 / expected_sum(self.recipe, made)
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,11 @@ def is_silent(expert: FeedForward) -> bool:
 
 
 def _copies_differ(view: SparseView) -> str | None:
-    if not view.normalizes and view.rows.any():
+    if view.weight_sum is None:
+        is_as_made = view.parent.recipe is not None and not view.rows.any()
+    else:
+        is_as_made = abs(view.weight_sum * view.missing_weight - 1) < 1e-6
+    if not is_as_made:
         return "the weights of the chosen experts do not sum to 1"
     if not view.all_equal():
         return f"the experts of layer {view.index} differ"

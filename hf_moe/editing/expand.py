@@ -36,8 +36,10 @@ def expand_experts(
     Duplicate the experts of a mixture of experts, and their rows of the router, to train the larger model on.
 
     Where a token takes `factor` times as many experts too, it takes every copy of those it took before, and the copies
-    share the weight: the result computes what the source computes. That is claimed, and checked, for routers of the
-    softmax kind without noise. With `keep_top_k` the copies of an expert tie, and a token takes several copies of its
+    share the weight: the result computes what the source computes. That is claimed, and checked, without noise, for the
+    classes of transformers whose router is a softmax and for those routers of hf_moe that declare it: `soft`, `noisy_topk`
+    (in evaluation), `softmax_topk` and `attention` without `use_expert_bias`, `sigmoid_topk` with `norm_topk_prob`,
+    `expert_choice`. With `keep_top_k` the copies of an expert tie, and a token takes several copies of its
     best expert in place of its second best; this is how https://huggingface.co/papers/2604.19835 grows a model, with
     more copies of the experts that matter, and training has to mend it. The error is measured and reported.
 
@@ -147,12 +149,12 @@ def _inexact_because(
 ) -> str | None:
     if noise:
         return f"noise is added to the copies (noise={noise})"
-    if keep_top_k and not (moe.top_k == 1 and moe.normalizes):
+    if keep_top_k and not (moe.top_k == 1 and moe.weight_sum is not None):
         return "a token takes as many experts as before, several of which may be copies of one (keep_top_k)"
     if any(len({experts.count(expert) for expert in experts}) > 1 for experts in copied_from.values()):
         return "the experts have different numbers of copies (statistics)"
-    if not moe.has_softmax_router:
-        return f"the router ({moe.router_type}) is not known to share a weight out among copies"
+    if (reason := moe.copies_differ_because()) is not None:
+        return reason
     if tied := [i for i, block in moe.blocks.items() if has_equal_rows(moe.router_weight(block))]:
         return f"rows of the router are equal in layers {tied}, so that chance decides between experts"
     return None

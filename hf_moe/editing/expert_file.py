@@ -213,7 +213,9 @@ def insert_expert(
         if position is not None and not 0 <= position <= last:
             raise UpcycleError(f"`position` must lie between 0 and {last} in layer {index}, got {position}.")
         layers[index] = _with_expert(moe, index, added, last if position is None else position, replace)
-    config = moe.with_experts(counts | {index: layer.num_experts for index, layer in layers.items()}, moe.top_k)
+    counts |= {index: layer.num_experts for index, layer in layers.items()}
+    top_k = moe.top_k_among(counts)
+    config = moe.with_experts(counts, top_k)
     edit = Edit(
         operation="insert",
         arguments={"file": added.path.name, "sha256": added.sha256(), "position": position, "replace": replace},
@@ -222,7 +224,7 @@ def insert_expert(
         model_class=moe.model_class,
         steps=edit_steps(moe, layers),
         inexact_because="tokens can take the expert that was added",
-        top_k=moe.top_k,
+        top_k=top_k,
     )
     return write_edit(moe, output, edit, verify=verify, max_shard_size=max_shard_size, progress=progress)
 

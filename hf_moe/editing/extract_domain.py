@@ -39,13 +39,13 @@ def extract_domain(model: PreTrainedModel, domain: int) -> PreTrainedModel:
     ```
     """
     config = model.config
-    if not isinstance(config, MoeConfigMixin) or config.router_type != "hash" or config.num_hash_domains == 1:
+    num_domains = config.router_class.count_domains(config) if isinstance(config, MoeConfigMixin) else 1
+    if num_domains == 1:
         kind = getattr(config, "router_type", None)
         raise UpcycleError(
             f"{type(model).__name__} has no experts by domain (router_type={kind!r}, num_hash_domains="
             f"{getattr(config, 'num_hash_domains', None)}). Those with router_type='hash' and `num_hash_domains` above 1 have."
         )
-    num_domains = config.num_hash_domains
     if not 0 <= domain < num_domains:
         raise UpcycleError(f"`domain` must lie between 0 and {num_domains - 1}, got {domain}.")
     config = copy.deepcopy(config)

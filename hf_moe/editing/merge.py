@@ -89,10 +89,11 @@ def merge_experts(
         raise UpcycleError(
             f"`num_experts` must lie between 1 and {fewest - 1}, one less than the experts there are, got {num_experts}."
         )
-    top_k = moe.top_k if num_experts_per_tok is None else num_experts_per_tok
+    counts = dict.fromkeys(moe.blocks, num_experts)
+    top_k = moe.top_k_among(counts) if num_experts_per_tok is None else num_experts_per_tok
     if top_k < 1:
         raise UpcycleError(f"`num_experts_per_tok` must be at least 1, got {top_k}.")
-    config = moe.with_experts(dict.fromkeys(moe.blocks, num_experts), top_k)
+    config = moe.with_experts(counts, top_k)
     load = load_of_layers(moe, statistics) if statistics is not None else None
     groups = {
         index: group_similar(similarity_of(moe, block, similarity), num_experts) for index, block in moe.blocks.items()
@@ -125,7 +126,8 @@ def similarity_of(moe: MoeCheckpoint, block: SparseBlock, similarity: str) -> to
 
     Among experts whose weights are alike, the rows decide.
     """
-    rows = sum(value.double().flatten(1) @ value.double().flatten(1).T for value in moe.read_rows(block).values())
+    flat = [value.double().reshape(block.num_experts, -1) for value in moe.read_rows(block).values()]
+    rows = sum(value @ value.T for value in flat)
     if similarity == "router":
         return _cosine(rows)
     products = torch.zeros(block.num_experts, block.num_experts, dtype=torch.float64)
@@ -213,8 +215,8 @@ def _inexact_because(moe: MoeCheckpoint, groups: dict[int, list[list[int]]], top
     sizes = {len(members) for layer in groups.values() for members in layer}
     if len(sizes) > 1 or moe.top_k != top_k * sizes.pop():
         return "a token does not take all members of the groups that it takes"
-    if not moe.has_softmax_router:
-        return f"the router ({moe.router_type}) is not known to share a weight out among copies"
+    if (reason := moe.copies_differ_because()) is not None:
+        return reason
     for index, layer in groups.items():
         block = moe.blocks[index]
         rows = moe.router_weight(block)

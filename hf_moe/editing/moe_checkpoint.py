@@ -17,13 +17,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..models.routers import ROUTERS
+from ..models.configuration_moe import MoeConfigMixin
+from ..models.router_base import MoeRouter
 from ..training.routers import TOP_K_FIELDS
 from ..upcycling.checkpoint import Checkpoint, is_finite
 from ..upcycling.convert import TensorInfo, in_memory_names
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
 from ..upcycling.layouts import FusedLayout, PerExpertLayout
+from ..upcycling.routing import weight_sum_of
 from ..upcycling.target import Target
 from ..upcycling.targets import NUM_EXPERTS_FIELDS, meta_model
 from .sparse_block import SparseBlock, feed_forward_of, find_blocks
@@ -110,24 +112,47 @@ class MoeCheckpoint:
         return field
 
     @property
-    def normalizes(self) -> bool:
-        """Whether the weights of the chosen experts sum to 1."""
-        return getattr(self.config, "norm_topk_prob", True)
+    def router_class(self) -> type[MoeRouter] | None:
+        """The class of the router if it is one of hf_moe's."""
+        return self.config.router_class if isinstance(self.config, MoeConfigMixin) else None
 
     @property
     def router_type(self) -> str:
         """What kind of router it is: a name in hf_moe's `ROUTERS`, or a class of transformers that is none of them."""
+        if isinstance(self.config, MoeConfigMixin):
+            return self.config.router_type
         if self.config.model_type in SOFTMAX_MODEL_TYPES:
             return "softmax_topk"
-        first = next(iter(self.blocks.values()))
-        name = getattr(self.config, "router_type", None) or type(self.model.get_submodule(first.router)).__name__
-        # The bias is added to scores, which are smaller where there are more experts.
-        return f"{name} with use_expert_bias" if getattr(self.config, "use_expert_bias", False) else name
+        return type(self.model.get_submodule(next(iter(self.blocks.values())).router)).__name__
 
     @property
-    def has_softmax_router(self) -> bool:
-        """Whether the weights are known to be a softmax over the experts."""
-        return self.router_type == "softmax_topk"
+    def weight_sum(self) -> float | None:
+        """What the weights of the chosen experts sum to; None if that depends on the token."""
+        if isinstance(self.config, MoeConfigMixin):
+            return weight_sum_of(self.config, self.config.num_experts)
+        scale = getattr(self.config, "routed_scaling_factor", None) or 1.0
+        return scale if getattr(self.config, "norm_topk_prob", True) else None
+
+    def copies_differ_because(self) -> str | None:
+        """Why an expert that is there n times, in a router that chooses n times as many, need not do what it does alone."""
+        if self.router_class is None:
+            is_known = self.config.model_type in SOFTMAX_MODEL_TYPES
+            return (
+                None
+                if is_known
+                else f"the router ({self.router_type}) is not known to share a weight out among copies"
+            )
+        if self.config.eval_capacity_factor is not None:
+            return f"tokens beyond the capacity are left out (eval_capacity_factor={self.config.eval_capacity_factor})"
+        if not self.router_class.shares_weight_among_copies(self.config):
+            because = " with use_expert_bias" if self.config.use_expert_bias else ""
+            return f"router_type={self.router_type!r}{because} does not share a weight out among copies"
+        return None
+
+    def top_k_among(self, counts: dict[int, int]) -> int:
+        """Routed experts per token where layers have these numbers of experts, unless somebody wants another number."""
+        takes_all = self.router_class is not None and self.router_class.chooses_all
+        return min(counts.values()) if takes_all else self.top_k
 
     def info(self, name: str) -> TensorInfo:
         """Type and shape of a tensor by its name in memory."""
@@ -201,11 +226,21 @@ class MoeCheckpoint:
                 f"{name} chooses among n_group={self.config.n_group} groups of neighbouring experts, which other numbers of "
                 "experts would shift. Such models can be collapsed, and experts extracted, only."
             )
-        router_type = getattr(self.config, "router_type", None)
-        if router_type in ROUTERS and ROUTERS[router_type].divides_by_top_k:
+        if self.router_class is not None and self.router_class.divides_by_top_k:
             raise UpcycleError(
-                f"{name} with router_type={router_type!r} divides its experts into as many groups as a token takes, which other "
+                f"{name} with router_type={self.router_type!r} divides its experts into as many groups as a token takes, which other "
                 "numbers of experts would shift. Such models can be collapsed, and experts extracted, only."
+            )
+        if (parts := getattr(self.config, "num_experts_per_modality", None)) is not None:
+            raise UpcycleError(
+                f"{name} divides its experts among modalities (num_experts_per_modality={parts}), which other numbers of experts would "
+                "shift. Such models can be collapsed, and experts extracted, only."
+            )
+        fixed = None if self.router_class is None else self.router_class.fixed_top_k
+        if fixed not in (None, top_k):
+            raise UpcycleError(
+                f"router_type={self.router_type!r} gives a token {fixed} of the experts, whatever their number, and cannot give it {top_k}: "
+                f"leave it at {fixed} (`keep_top_k`, `--keep-top-k` of expand)."
             )
         if top_k > min(counts.values()):
             raise UpcycleError(

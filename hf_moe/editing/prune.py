@@ -75,7 +75,9 @@ def prune_experts(
         kept = _without(moe, drop or [])
     else:
         kept = _most_loaded(moe, keep, load_of_layers(moe, statistics))
-    config = moe.with_experts({index: len(experts) for index, experts in kept.items()}, moe.top_k)
+    counts = {index: len(experts) for index, experts in kept.items()}
+    top_k = moe.top_k_among(counts)
+    config = moe.with_experts(counts, top_k)
     layers = {index: selected(moe, moe.blocks[index], experts) for index, experts in kept.items()}
     edit = Edit(
         operation="prune",
@@ -85,7 +87,7 @@ def prune_experts(
         model_class=moe.model_class,
         steps=edit_steps(moe, layers),
         inexact_because="tokens that took a removed expert take another one",
-        top_k=moe.top_k,
+        top_k=top_k,
     )
     return write_edit(moe, output, edit, verify=verify, max_shard_size=max_shard_size, progress=progress)
 

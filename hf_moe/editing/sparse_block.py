@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from ..models.configuration_moe import MoeConfigMixin
 from ..training.routers import find_routers
 from ..upcycling.errors import UpcycleError
 from ..upcycling.feed_forward import FeedForward
@@ -64,6 +65,7 @@ def find_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
         raise UpcycleError(
             f"{name_of_class} is no mixture of experts, so there is nothing to edit. `upcycle` makes one from a dense model."
         )
+    _refuse_routers_beyond_rows(model)
     try:
         routers = find_routers(model)
     except ValueError as error:
@@ -93,7 +95,7 @@ def find_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
             found = _find_rows(tensor, tuple(value.shape), num_experts)
             if local is not None and found is None:
                 raise UpcycleError(
-                    f"The router of {name_of_class} holds more than one row per expert: {tensor!r} has shape "
+                    f"The router of {name_of_class} holds a tensor that has no row for each expert: {tensor!r} has shape "
                     f"{tuple(value.shape)}, and there are {num_experts} experts. hf_moe cannot edit it."
                 )
             if local is None and tensor.rpartition(".")[0] == block and found is not None:
@@ -102,6 +104,20 @@ def find_blocks(model: PreTrainedModel) -> dict[int, SparseBlock]:
                 rows[local] = found
         blocks[int(match[2])] = SparseBlock(match[1], name, num_experts, _meta_expert(module), router, rows)
     return blocks
+
+
+def _refuse_routers_beyond_rows(model: PreTrainedModel) -> None:
+    config = model.config
+    if not isinstance(config, MoeConfigMixin):
+        return
+    held = config.router_class.holds_besides_rows
+    if config.num_zero_computation_experts:
+        held = f"rows for {config.num_zero_computation_experts} zero-computation experts behind those of the feed-forwards"
+    if held is not None:
+        raise UpcycleError(
+            f"The router of {type(model).__name__} (router_type={config.router_type!r}) holds {held}, with which hf_moe can neither "
+            "edit, collapse nor extract experts. For other numbers of experts, upcycle the dense model again."
+        )
 
 
 def _find_rows(name: str, shape: tuple[int, ...], num_experts: int) -> Rows | None:

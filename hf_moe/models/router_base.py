@@ -87,6 +87,9 @@ class MoeRouter(nn.Module, ABC):
     decides_alone = True  # whether a token's experts do not depend on other tokens
     divides_by_top_k = False  # whether it divides the experts into as many groups as a token gets experts
     has_rows = True  # whether it has a row of weights for every expert
+    holds_besides_rows: str | None = None  # what it has that would not fit other numbers of experts
+    fixed_top_k: int | None = None  # the only `num_experts_per_tok` there is
+    chooses_all = False  # whether a token gets all experts
     ranks_all_experts = False  # whether a token gets the K largest of all scores, if there are no groups
     has_z_loss = True  # whether its logits can be too large: log-probabilities have a logsumexp of their own
     has_noise = False  # whether training adds noise to the logits; then it has a `smooth_load_loss`
@@ -144,6 +147,11 @@ class MoeRouter(nn.Module, ABC):
     def weight_sum(config, num_experts: int) -> float | None:
         """What the weights of a token sum to, None if that depends on the token."""
         return None
+
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        """Whether, with every expert there n times and n times as many chosen, the copies have one expert's weight together."""
+        return False
 
     @staticmethod
     def count_domains(config) -> int:

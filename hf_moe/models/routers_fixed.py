@@ -49,6 +49,7 @@ class HashRouter(MoeRouter):
     options = ("num_hash_domains",)
     requires = ("input_ids_T", "domain_T")
     has_rows = False
+    holds_besides_rows = "a table of the experts of every token id"
     has_balance_loss = False
     expert_of_token: torch.Tensor
 
@@ -181,6 +182,10 @@ class ExpertChoiceRouter(MoeRouter):
                 "router_type='expert_choice' lets later tokens decide which experts a token gets, so a causal model would be trained on "
                 "what it cannot see when it generates. Use an encoder or another router, or set `allow_causal_expert_choice=True`."
             )
+
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        return True
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = float32_softmax(logits_TE)

@@ -130,6 +130,7 @@ class HierarchicalRouter(MoeRouter):
         use_when="experts that share a basis per group, and many experts",
     )
     score = "softmax"
+    holds_besides_rows = "a row for each group of experts"
     has_z_loss = False
     options = (*CAPACITY_OPTIONS, "norm_topk_prob", "n_group", "topk_group")
     chooses_parts = True

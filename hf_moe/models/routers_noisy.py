@@ -73,6 +73,10 @@ class NoisyTopKRouter(MoeRouter):
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
 
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        return True  # but for the noise of training
+
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         return self.with_noise(hidden_states_TH, self.weight, self.noise_weight)
 
@@ -124,6 +128,7 @@ class HierarchicalNoisyTopKRouter(NoisyTopKRouter):
         use_when="hundreds of experts and more",
     )
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, "n_group", "topk_group")
+    holds_besides_rows = "a row for each group of experts"
     has_z_loss = False
     ranks_all_experts = False
     chooses_parts = True
@@ -212,6 +217,7 @@ class GShardRouter(MoeRouter):
         "num_experts_per_modality",
     )
     capacity_policy = "position"
+    fixed_top_k = 2
     queues_by_choice = True
 
     def __init__(self, config, num_experts: int):
@@ -228,7 +234,7 @@ class GShardRouter(MoeRouter):
 
     @staticmethod
     def validate(config) -> None:
-        refuse_other_top_k(config, 2)
+        refuse_other_top_k(config, GShardRouter.fixed_top_k)
         if config.second_expert_policy not in SECOND_EXPERT_POLICIES:
             raise ValueError(
                 f"`second_expert_policy` must be one of {list(SECOND_EXPERT_POLICIES)}, got {config.second_expert_policy!r}."
@@ -278,6 +284,7 @@ class SwitchRouter(MoeRouter):
     score = "softmax"
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, *ZERO_EXPERT_OPTIONS, "num_experts_per_modality")
     capacity_policy = "position"
+    fixed_top_k = 1
     jitters_block = False
 
     def __init__(self, config, num_experts: int):
@@ -287,7 +294,7 @@ class SwitchRouter(MoeRouter):
 
     @staticmethod
     def validate(config) -> None:
-        refuse_other_top_k(config, 1)
+        refuse_other_top_k(config, SwitchRouter.fixed_top_k)
 
     def init_weights(self, std: float) -> None:
         init_truncated_normal(self.weight, self.init_scale)

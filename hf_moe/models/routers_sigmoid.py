@@ -60,6 +60,10 @@ class SigmoidTopKRouter(TopKRouter):
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         return at_least_float32(logits_TE).sigmoid()
 
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        return config.norm_topk_prob
+
     def balance_loss(self, hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens: Tokens):
         if self.num_zero_computation_experts:
             return super().balance_loss(hidden_states_TH, router_logits_TE, top_k_weights_TK, top_k_index_TK, tokens)

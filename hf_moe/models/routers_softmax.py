@@ -52,6 +52,7 @@ class SoftRouter(MoeRouter):
     score = "softmax"
     ranks_all_experts = True
     options: tuple[str, ...] = (*ZERO_EXPERT_OPTIONS, "router_residual")
+    chooses_all = True
     unreplayable_because = "it takes all experts"
     has_balance_loss = False
 
@@ -62,6 +63,10 @@ class SoftRouter(MoeRouter):
     @staticmethod
     def weight_sum(config, num_experts: int) -> float | None:
         return 1.0
+
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        return True
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE = float32_softmax(logits_TE)
@@ -101,6 +106,10 @@ class SoftmaxTopKRouter(TopKRouter):
         super().__init__(config, num_experts)
         # CODEPATH: float32 Grok-1, DeepSeek-V2; the model's data type Mixtral, Qwen-MoE
         self.float32_logits = config.router_dtype == "float32"
+
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        return not config.use_expert_bias  # to which scores of more experts would be smaller
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         return float32_softmax(logits_TE)
@@ -159,6 +168,10 @@ class NormalizedLogitsRouter(SoftmaxTopKRouter):
         super().__init__(config, num_experts)
         self.float32_logits = True
         self.scale = config.router_logit_scale
+
+    @staticmethod
+    def shares_weight_among_copies(config) -> bool:
+        return False  # the standard deviation of more logits is another one
 
     def compute_logits(self, hidden_states_TH: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         logits_TE = super().compute_logits(hidden_states_TH, tokens)

@@ -37,8 +37,12 @@ def router_fields(recipe: "UpcycleConfig") -> dict[str, Any]:
 
 def weight_sum(recipe: "UpcycleConfig", num_experts: int) -> float | None:
     """What the weights of a token sum to whatever the router's rows are; None if that depends on the token."""
-    fields = _fields(recipe)
-    return None if _leaves_parts_out(fields) else ROUTERS[fields.router_type].weight_sum(fields, num_experts)
+    return weight_sum_of(_fields(recipe), num_experts)
+
+
+def weight_sum_of(config: Any, num_experts: int) -> float | None:
+    """The same of a model of hf_moe."""
+    return None if _leaves_parts_out(config) else ROUTERS[config.router_type].weight_sum(config, num_experts)
 
 
 def weight_sum_at_zero(recipe: "UpcycleConfig", num_experts: int) -> float | None:
@@ -81,7 +85,7 @@ def _ask(fields: SimpleNamespace, num_experts: int, std: float) -> tuple[torch.T
     return weights_TK, index_TK
 
 
-def _leaves_parts_out(fields: SimpleNamespace) -> bool:
+def _leaves_parts_out(fields: Any) -> bool:
     """Whether the weights of a token do not tell what the feed-forwards give together."""
     has_zero_experts = bool(fields.num_zero_computation_experts)
     return has_zero_experts or _drops(fields) or ROUTERS[fields.router_type].weighs_input
@@ -145,7 +149,7 @@ def _fields(recipe: "UpcycleConfig") -> SimpleNamespace:
     return fields
 
 
-def _drops(fields: SimpleNamespace) -> bool:
+def _drops(fields: Any) -> bool:
     """Whether tokens are dropped in evaluation."""
     return fields.eval_capacity_factor is not None
 
