@@ -39,7 +39,11 @@ TargetOpt = Annotated[str | None, typer.Option(help="Class of the result: auto (
 LayersOpt = Annotated[str | None, typer.Option(help="Layers to convert: 4,6,8-11, ::2 or -4: (default all).")]
 NormTopKOpt = Annotated[bool | None, typer.Option(help="Divide the experts' weights by their sum (default yes).")]
 RouterTypeOpt = Annotated[
-    str | None, typer.Option(help="Router of the result, e.g. sigmoid_topk, switch or top_p (default softmax_topk).")
+    str | None,
+    typer.Option(
+        help="Router of the result, e.g. sigmoid_topk, switch or top_p (default softmax_topk, or what a native class has); its options "
+        "are --set router_options='{router_top_p: 0.3}'."
+    ),
 ]
 LogitStdOpt = Annotated[float | None, typer.Option(help="Standard deviation of the router logits (default 1.0).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of everything random (default 0).")]
@@ -47,7 +51,8 @@ RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit of 
 SetOpt = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Any other field of UpcycleConfig, e.g. --set granularity=4. Can be given several times."
+        "--set",
+        help="Any other field of UpcycleConfig, e.g. --set granularity=4 or --set router_init=zero. Can be given several times.",
     ),
 ]
 VerifyOpt = Annotated[
@@ -205,6 +210,7 @@ def _errors(values: dict[str, float] | None) -> str | dict[str, float] | None:
 def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     """The recipe file, if there is one, with the options that were given in place of its fields."""
     from ..upcycling.recipe import UpcycleConfig
+    from ..upcycling.typos import did_you_mean
 
     values = UpcycleConfig.from_yaml(path).to_dict() if path is not None else {}
     fields = {field.name for field in dataclasses.fields(UpcycleConfig)}
@@ -217,7 +223,8 @@ def _recipe(path: Path | None, options: dict[str, Any]) -> "UpcycleConfig":
     for assignment in options["set_"] or []:
         name, separator, value = assignment.partition("=")
         if not separator or name not in fields:
-            raise ValueError(f"--set takes field=value with a field of {sorted(fields)}, got {assignment!r}.")
+            hint = did_you_mean([name], sorted(fields)) if name not in fields else ""
+            raise ValueError(f"--set takes field=value with a field of {sorted(fields)}, got {assignment!r}.{hint}")
         try:
             values[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:

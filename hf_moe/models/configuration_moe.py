@@ -17,11 +17,11 @@
 `MOE_EP_PLAN` and `MOE_BIAS_EP_PLAN` add the sparse block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from .configuration_block import BlockConfigMixin
-from .configuration_routing import RoutingConfigMixin
+from .configuration_routing import RoutingConfigMixin, warn_of_typos
 
 
 MOE_TP_PLAN = {
@@ -90,7 +90,7 @@ class MoeConfigMixin(BlockConfigMixin, RoutingConfigMixin):
     num_experts_per_layer: list[int] | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
-    router_aux_loss_coef: float = 0.001
+    router_aux_loss_coef: float | int = 0.001
     output_router_logits: bool = False
     shared_expert_intermediate_size: int | None = None
     use_shared_expert_gate: bool = False
@@ -101,6 +101,9 @@ class MoeConfigMixin(BlockConfigMixin, RoutingConfigMixin):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
+        warn_of_typos(
+            (name for name in kwargs if not hasattr(self, name)), [field.name for field in fields(MoeConfigMixin)]
+        )
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         if self.mlp_layer_types is None:

@@ -13,11 +13,19 @@
 # limitations under the License.
 """The fields of a configuration that concern routing, and their validation; `MoeConfigMixin` adds the others."""
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+
+from transformers.utils import logging
 
 from .capacity import CAPACITY_POLICIES
 from .router_base import CAPACITY_OPTIONS, MoeRouter
 from .routers import ROUTERS
+
+
+logger = logging.get_logger(__name__)
+TYPO_CUTOFF = 0.85  # of difflib; no key of a dense configuration is as close to a field of ours
 
 
 @dataclass(kw_only=True)
@@ -93,7 +101,7 @@ class RoutingConfigMixin:
     use_expert_bias: bool = False
     n_group: int = 1
     topk_group: int = 1
-    router_jitter_noise: float = 0.0
+    router_jitter_noise: float | int = 0.0
     router_logit_scale: float | int = 1.0
     router_top_p: float | int = 0.4
     second_expert_policy: str = "all"
@@ -213,7 +221,9 @@ class RoutingConfigMixin:
             raise ValueError(f"`capacity_group` must be 'batch', 'sequence' or a number of tokens, got {group!r}.")
 
     def _validate_groups(self):
-        if self.n_group < 1 or not 1 <= self.topk_group <= self.n_group:
+        if self.n_group < 1:
+            raise ValueError(f"`n_group` must be at least 1, which means no groups, got {self.n_group}.")
+        if not 1 <= self.topk_group <= self.n_group:
             raise ValueError(
                 f"`topk_group` ({self.topk_group}) must lie between 1 and `n_group` ({self.n_group}), the number of groups."
             )
@@ -275,4 +285,13 @@ class RoutingConfigMixin:
             raise ValueError(
                 "`capacity_policy='recycle'` with one expert per token needs `norm_topk_prob=False`: divided by its sum the single weight is "
                 "always 1, and the router would get no gradient."
+            )
+
+
+def warn_of_typos(given: Iterable[str], known: list[str]) -> None:
+    """Warn of names that transformers would keep without a word although they look like misspelt fields."""
+    for name in given:
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=TYPO_CUTOFF):
+            logger.warning_once(
+                f"`{name}` is no field of this configuration and has no effect. Did you mean `{close[0]}`?"
             )

@@ -16,6 +16,7 @@ from .errors import UpcycleError
 from .methods import METHODS
 from .router_init import ROUTER_INITIALIZERS
 from .routing import DEFAULT_ROUTER, ROUTER_OPTIONS, UNROUTED_OPTIONS, unsteady_because, weight_sum
+from .typos import did_you_mean
 
 
 @strict
@@ -157,13 +158,15 @@ class UpcycleConfig:
         for field, allowed in choices.items():
             value = getattr(self, field)
             if value not in allowed:
-                raise ValueError(f"`{field}` must be one of {allowed}, got {value!r}.")
+                raise ValueError(f"`{field}` must be one of {allowed}, got {value!r}.{did_you_mean([value], allowed)}")
         self._validate_router()
 
     def _validate_router(self):
         given, router_type = set(self.router_options or {}), self.router_type or DEFAULT_ROUTER
         if unknown := sorted(given - set(ROUTER_OPTIONS)):
-            raise ValueError(f"`router_options` may have {ROUTER_OPTIONS}, got {unknown}.")
+            raise ValueError(
+                f"`router_options` may have {ROUTER_OPTIONS}, got {unknown}.{did_you_mean(unknown, ROUTER_OPTIONS)}"
+            )
         read = sorted({*ROUTERS[router_type].options, *UNROUTED_OPTIONS} & set(ROUTER_OPTIONS))
         if unread := sorted(given - set(read)):
             raise ValueError(f"`router_options` of router_type={router_type!r} may have {read}, got {unread}.")
@@ -344,7 +347,9 @@ class UpcycleConfig:
         if not isinstance(values, dict):
             raise UpcycleError(f"{path} must hold a mapping from field names to values, got {type(values).__name__}.")
         if unknown := [name for name in values if name not in known]:
-            raise UpcycleError(f"{path} names unknown fields {unknown}. A recipe may have {known}.")
+            raise UpcycleError(
+                f"{path} names unknown fields {unknown}. A recipe may have {known}.{did_you_mean(unknown, known)}"
+            )
         try:
             return cls(**values)
         except StrictDataclassError as error:

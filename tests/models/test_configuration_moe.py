@@ -71,3 +71,28 @@ def test_gemmas_activation_is_the_experts(family, tmp_path):
 def test_bad_values_are_refused(values, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         moe_config("llama", **values)
+
+
+def test_names_that_look_misspelt_are_warned_of(caplog):
+    with caplog.at_level("WARNING", logger="transformers"):
+        moe_config("llama", router_typ="switch", num_experts_per_token=1)
+    for wrong, right in (("router_typ", "router_type"), ("num_experts_per_token", "num_experts_per_tok")):
+        assert f"`{wrong}` is no field of this configuration and has no effect. Did you mean `{right}`?" in caplog.text
+
+
+def test_other_names_are_kept_without_a_word(family, caplog):
+    """Those of the dense configuration, those of ours under another name, and what somebody else's tools have put there."""
+    known = {**dense_config(family).to_dict(), "num_local_experts": 4, "mood_of_the_day": "good"}
+    for name in ("model_type", "architectures", "transformers_version"):
+        known.pop(name, None)
+    with caplog.at_level("WARNING", logger="transformers"):
+        config = moe_class(family, "Config")(**{**moe_config(family).to_dict(), **known})
+    assert "Did you mean" not in caplog.text
+    assert config.mood_of_the_day == "good"
+
+
+def test_whole_numbers_are_numbers():
+    config = moe_config("llama", router_jitter_noise=0, router_aux_loss_coef=1, router_top_p=1, router_type="top_p")
+    assert config.router_jitter_noise == 0
+    with pytest.raises(StrictDataclassError, match="`n_group` must be at least 1, which means no groups, got 0"):
+        moe_config("llama", n_group=0)

@@ -172,8 +172,9 @@ def test_native_classes_hold_their_own_router_only(dense):
     [
         ({"router_options": {"router_top_p": 0.4}}, r"router_type='softmax_topk' may have .*got \['router_top_p'\]"),
         ({"router_options": {"num_experts_per_tok": 4}}, r"`router_options` may have .*got \['num_experts_per_tok'\]"),
-        ({"router_type": "magic"}, "`router_type` must be one of"),
-        ({"router_options": {"router_topp": 0.3}}, r"`router_options` may have .*got \['router_topp'\]"),
+        ({"router_type": "magic"}, r"`router_type` must be one of .* got 'magic'\.$"),
+        ({"router_type": "switsh"}, "Did you mean 'switch' for 'switsh'?"),
+        ({"router_options": {"router_topp": 0.3}}, r"got \['router_topp'\]\. Did you mean 'router_top_p' for"),
         (
             {"method": "compose", "experts": ["a", "b"], "router_type": "top_p"},
             "weights sum to 1.*router_type='top_p'",
