@@ -22,7 +22,7 @@ MAX_LAYERS = 4  # of which the load over steps is drawn
 
 def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, title: str = "") -> "Figure":
     """
-    Heat map of the load, layer x expert, with each layer's entropy beside it.
+    Heat map of the load, layer x expert, with each layer's entropy beside it. Zero-computation experts are hatched.
 
     Args:
         statistics ([`RoutingStatistics`]): What was recorded.
@@ -40,6 +40,7 @@ def plot_load(statistics: "RoutingStatistics", path: str | Path | None = None, t
     figure = _figure((4.2 + 0.32 * num_experts, 1.8 + 0.2 * len(layers)))
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=[max(3, 0.32 * num_experts), 1.2])
     image = _heat_map(heat, _relative_load([layer.load.numpy() for layer in layers]))
+    _hatch_zero_experts(heat, [(len(layer.counts), layer.num_zero_computation_experts) for layer in layers])
     heat.set_ylabel("layer")
     _label_layers(heat, list(statistics.layers))
     bars.barh(range(len(layers)), [layer.entropy for layer in layers], color="0.45")
@@ -90,6 +91,13 @@ def plot_history(history: "RoutingHistory", path: str | Path | None = None, titl
         # A layer for images has no load where there were none.
         loads = [one[name].load.numpy() if name in one.layers else np.empty(0) for one in history.statistics]
         image = _heat_map(axes, _relative_load(loads))
+        _hatch_zero_experts(
+            axes,
+            [
+                (len(one[name].counts), one[name].num_zero_computation_experts) if name in one.layers else (0, 0)
+                for one in history.statistics
+            ],
+        )
         axes.set_title(f"layer {layer_number(name)}")
         every = max(1, len(history.steps) // 8)
         axes.set_yticks(range(0, len(history.steps), every), history.steps[::every])
@@ -125,14 +133,19 @@ def plot_specialization(
         loads = np.array([of_domain[name].load.numpy() for of_domain in statistics.values()])
         pictures[name] = loads / np.maximum(loads.mean(0, keepdims=True), 1e-12)
     figure, all_axes = _heat_maps(pictures, 3.2, 0.9 + 0.28 * len(statistics), "share in domain / mean share")
-    for axes in all_axes:
+    for axes, name in zip(all_axes, pictures, strict=True):
+        layers = [of_domain[name] for of_domain in statistics.values()]
+        _hatch_zero_experts(axes, [(len(layer.counts), layer.num_zero_computation_experts) for layer in layers])
         axes.set_yticks(range(len(statistics)), list(statistics))
         axes.tick_params(labelleft=axes.get_subplotspec().is_first_col())
     return _finish(figure, path, title)
 
 
 def plot_coactivation(
-    coactivation: "Mapping[str, np.ndarray]", path: str | Path | None = None, title: str = ""
+    coactivation: "Mapping[str, np.ndarray]",
+    path: str | Path | None = None,
+    title: str = "",
+    statistics: "RoutingStatistics | None" = None,
 ) -> "Figure":
     """
     Which experts are chosen together: of every layer a heat map, expert x expert.
@@ -142,6 +155,7 @@ def plot_coactivation(
             [`RoutingRecorder`] counts them.
         path (`str` or `Path`, *optional*): Where to save the picture.
         title (`str`, *optional*): A line above it.
+        statistics ([`RoutingStatistics`], *optional*): Of the same routers, to have zero-computation experts hatched.
 
     Returns:
         `matplotlib.figure.Figure`, in which 1 is what pairs would have if every expert had a weight of its own, those that make it as
@@ -158,7 +172,11 @@ def plot_coactivation(
         missing = np.full_like(together, np.nan)
         pictures[name] = np.divide(together, expected, where=expected > 0, out=missing)
     figure, all_axes = _heat_maps(pictures, 2.8, 2.6, "together / if independent")
-    for axes in all_axes:
+    for axes, (name, picture) in zip(all_axes, pictures.items(), strict=True):
+        if statistics is not None:
+            count = statistics[name].num_zero_computation_experts
+            _hatch_zero_experts(axes, [(len(picture), count)] * len(picture))
+            _hatch(axes, -0.5, len(picture) - count - 0.5, len(picture) - count, count)
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("expert")
     return _finish(figure, path, title)
@@ -193,6 +211,21 @@ def _heat_map(axes: Any, values: np.ndarray) -> Any:
     axes.set_xticks(range(0, num_experts, max(1, num_experts // 16)))
     axes.set_facecolor("0.85")  # where there is no value
     return axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+
+
+def _hatch_zero_experts(axes: Any, rows: list[tuple[int, int]]) -> None:
+    """Mark the last experts of every row that compute nothing, given by the numbers of all its experts and of these."""
+    for row, (num_experts, count) in enumerate(rows):
+        _hatch(axes, num_experts - count - 0.5, row - 0.5, count, 1)
+    if axes.get_xlabel() and any(count for _, count in rows):
+        axes.set_xlabel("expert (hatched: no computation)")
+
+
+def _hatch(axes: Any, left: float, top: float, width: float, height: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    if width and height:
+        axes.add_patch(Rectangle((left, top), width, height, fill=False, hatch="////", linewidth=0, edgecolor="0.35"))
 
 
 def _heat_maps(

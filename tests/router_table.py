@@ -7,6 +7,7 @@ from hf_moe.models.capacity import CAPACITY_POLICIES
 from hf_moe.models.configuration_routing import RoutingConfigMixin
 from hf_moe.models.router_base import CAPACITY_OPTIONS, ZERO_EXPERT_OPTIONS
 from hf_moe.models.routers import ROUTERS
+from hf_moe.upcycling.routing import UNROUTED_OPTIONS
 
 
 SHARED = {"capacity": CAPACITY_OPTIONS, "zero-computation experts": ZERO_EXPERT_OPTIONS}
@@ -42,6 +43,12 @@ def render_training() -> str:
                 options = [option for option in options if option not in members]
         read = ", ".join([*(f"`{option}`" for option in options), *groups]) or "none"
         lines.append(f"| `{name}` | {contract.training_differs} | {contract.balance} | {contract.state} | {read} |")
+    of_block = ", ".join(f"`{option}`" for option in UNROUTED_OPTIONS)
+    router_alone = ", ".join(f"`{name}`" for name, router in ROUTERS.items() if not router.jitters_block)
+    lines += [
+        "",
+        f"Besides, a block reads {of_block}, whatever its router. The jitter is that of the block's input, with {router_alone} of the router's alone.",
+    ]
     return "\n".join(lines)
 
 

@@ -90,6 +90,31 @@ def test_coactivation_of_experts_of_unequal_load_is_one_too():
     np.testing.assert_allclose(found[~np.eye(4, dtype=bool)], 1, atol=0.05)
 
 
+def test_zero_computation_experts_are_hatched():
+    """In layers of different numbers of experts each for itself; the axis says what it means, but where there are none."""
+    names = [f"layers.{index}.mlp" for index in range(2)]
+    of = RoutingStatistics(
+        {
+            names[0]: LayerRouting(torch.tensor([4, 4, 2, 2]), 6, num_zero_computation_experts=1),
+            names[1]: LayerRouting(torch.tensor([4, 4, 4]), 6, num_zero_computation_experts=1),
+        }
+    )
+    history = RoutingHistory([1, 2], [of, of])
+    pairs = {name: np.ones((len(of[name].counts),) * 2) for name in names}
+    for figure, places in (
+        (plot_load(of), [{(2.5, -0.5), (1.5, 0.5)}]),
+        (plot_history(history), [{(2.5, -0.5), (2.5, 0.5)}, {(1.5, -0.5), (1.5, 0.5)}]),
+        (plot_specialization({"a": of, "b": of}), [{(2.5, -0.5), (2.5, 0.5)}, {(1.5, -0.5), (1.5, 0.5)}]),
+        (plot_coactivation(pairs, statistics=of), [{(2.5, index - 0.5) for index in range(4)} | {(-0.5, 2.5)}]),
+    ):
+        maps = [axes for axes in figure.get_axes() if axes.images]
+        for axes, expected in zip(maps, places, strict=False):
+            assert {patch.get_xy() for patch in axes.patches} == expected
+            assert axes.get_xlabel() == "expert (hatched: no computation)"
+    plain = plot_load(statistics([1, 2])).get_axes()[0]
+    assert (len(plain.patches), plain.get_xlabel()) == (0, "expert")
+
+
 def test_the_page_holds_tokens_and_choices(tmp_path):
     tokens = ["<b>", " and", "</script>\n"]
     choices = {"model.layers.4.mlp.gate": torch.tensor([[0, 1], [2, 0], [1, 3]])}

@@ -94,7 +94,9 @@ def inspect(
         plot_specialization(by_name, plot_domains, Path(model).name)
     if plot_pairs is not None:
         pairs = [recorder.coactivation() for recorder in recorders.values()]
-        plot_coactivation({name: sum(of[name] for of in pairs).numpy() for name in pairs[0]}, plot_pairs, title)
+        plot_coactivation(
+            {name: sum(of[name] for of in pairs).numpy() for name in pairs[0]}, plot_pairs, title, statistics
+        )
     if html is not None:
         first, sequence = sequences[0]
         _write_page(network, tokenizer, sequence, statistics, html, f"{Path(model).name}: {first.name}")
@@ -168,7 +170,10 @@ def _row(name: str, layer: "LayerRouting", shows_slots: bool) -> dict[str, str |
         **slots,
     }
     if len(load) <= 8:
-        return row | {"load": " ".join(f"{share:.2f}" for share in load)}
+        shares = [f"{share:.2f}" for share in load]
+        if layer.num_zero_computation_experts:  # stand behind a bar
+            shares.insert(len(shares) - layer.num_zero_computation_experts, "|")
+        return row | {"load": " ".join(shares)}
     return row | {"least": f"{min(load):.4f}", "most": f"{max(load):.4f}"}
 
 

@@ -200,7 +200,7 @@ class GShardRouter(MoeRouter):
         system="GShard, NLLB-MoE",
         papers=("2006.16668", "2207.04672"),
         score="softmax(W x)",
-        selection="the two largest; in training the second one as `second_expert_policy` says: `all`, `sampling` with Gumbel noise "
+        selection="the two largest (`num_experts_per_tok` must be 2); in training the second one as `second_expert_policy` says: `all`, `sampling` with Gumbel noise "
         "among the others, `random` with probability 2 p",
         weight="the score, divided by the sum of the two: of those kept, or before any is dropped with "
         "`normalize_router_prob_before_dropping`; on the output",
@@ -274,7 +274,7 @@ class SwitchRouter(MoeRouter):
         system="Switch Transformer",
         papers=("2101.03961",),
         score="softmax(W x); in training x is multiplied by noise from 1 - `router_jitter_noise` to 1 + `router_jitter_noise`",
-        selection="the largest",
+        selection="the largest: `num_experts_per_tok` must be 1",
         weight="the score, on the output",
         training_differs="the jitter; the capacity; `expert_dropout`",
         balance="Switch's, minimum 1",

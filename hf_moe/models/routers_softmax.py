@@ -44,7 +44,7 @@ class SoftRouter(MoeRouter):
         system="Jacobs, Jordan, Nowlan and Hinton, Neural Computation 3 (1991)",
         papers=(),
         score="softmax(W x)",
-        selection="all experts",
+        selection="all experts: `num_experts_per_tok` must be their number",
         weight="the score, on the output",
         balance="none: nothing is chosen",
         use_when="a reference for sparse routers, or a few small experts that shall all learn from every token",

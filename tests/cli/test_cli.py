@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import dense_model, moe_model, save_tokenizer
 
 from hf_moe import RoutingStatistics, UpcycleConfig, plan_upcycle
+from hf_moe.cli.inspect import _row
+from hf_moe.training.statistics import LayerRouting
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,12 @@ def test_inspect_draws(run_command, tmp_path):
     assert "--card writes into the folder of a model, and owner/model is none." in run.stderr
     run = run_command("inspect", tmp_path / "moe", *texts[:2], "--plot-domains", tmp_path / "b.png")
     assert "--plot-domains compares texts. Give --text at least twice, with different files." in run.stderr
+
+
+def test_inspect_marks_experts_that_compute_nothing():
+    layer = LayerRouting(torch.tensor([4, 2, 2]), 4, num_zero_computation_experts=1)
+    row = _row("layers.0.mlp", layer, shows_slots=False)
+    assert (row["load"], row["no computation"]) == ("0.50 0.25 | 0.25", "25.0%")
 
 
 def test_inspect_refuses_what_it_cannot_show(run_command, dense, tmp_path):
