@@ -261,7 +261,8 @@ def test_output_and_gradients_are_those_of_the_equations(name):
     }
     previous_TE = torch.randn(BATCH * LENGTH, block.gate.num_experts, generator=generator, dtype=torch.float64)
     inputs = [states.clone().requires_grad_() for _ in range(2)]
-    block.routing = RoutingContext(**context, router_logits={0: previous_TE})
+    block.routing = RoutingContext(**context)
+    block.routing.keep_logits(0, previous_TE)
     output = block(inputs[0])
 
     hidden_TH = inputs[1].view(-1, 32)
