@@ -91,10 +91,10 @@ demo: $(INSTALLED) $(MODEL)/config.json ## Upcycle SmolLM2, prove parity, fine-t
 	$(BIN)/python examples/02_finetune_trainer.py $(MODEL) outputs/demo/moe outputs/demo
 
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(INSTALLED) ## Run the tests that start no other process, until the first failure
-	$(BIN)/python -m pytest -n 2 -x --failed-first -m 'not slow and not processes'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -x --failed-first -m 'not slow and not processes'
 
 test-slow: $(INSTALLED) $(MODEL)/config.json $(ENCODER)/config.json $(LLAMACPP)/.installed $(VLLM)/.installed $(DEEPSPEED)/.installed $(WANDB)/.installed ## Run the slow tests, which need real models, llama.cpp, vLLM, DeepSpeed and wandb (5 GB)
 	HF_MOE_TEST_MODEL=$(MODEL) HF_MOE_TEST_ENCODER=$(ENCODER) HF_MOE_LLAMACPP_ENV=$(LLAMACPP) HF_MOE_VLLM_ENV=$(VLLM) \
@@ -105,9 +105,9 @@ test-compat: $(OLDEST)/.installed $(NEWEST)/.installed ## Run the tests with the
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --constraint $(NEWEST)/constraints.txt \
 		--upgrade peft transformers --editable '.[dev,demo]'
 	@$(OLDEST)/bin/python -c '$(VERSIONS)'
-	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
 	@$(NEWEST)/bin/python -c '$(VERSIONS)'
-	$(NEWEST)/bin/python -m pytest -n 2
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 quality: $(INSTALLED) ## Check style, types, model conventions and layering
 	$(BIN)/ruff check .

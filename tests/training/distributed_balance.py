@@ -39,6 +39,8 @@ sys.path.append(str(Path(__file__).parents[1] / "models"))
 from router_cases import build_model, with_routing_inputs
 
 
+# Qwen3-MoE's routers are Mixtral's, but for what they return.
+KINDS_OF_MODELS = [kind for kind in MODELS.values() if kind != "qwen3_moe"]
 # Routers with more parameters and buffers than a weight, in which every one has to get a gradient.
 MORE_STATE = (
     "zero-computation experts",
@@ -152,7 +154,7 @@ def main(folder: str, rank: int, world_size: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     results = {}
-    for model_kind in MODELS.values():
+    for model_kind in KINDS_OF_MODELS:
         for name, setting in DDP_SETTINGS.items():
             results[model_kind, f"{name}, all alike"] = injected_gradients(model_kind, rows(), **setting)
         assert AcceleratorState().distributed_type == DistributedType.MULTI_CPU

@@ -4,15 +4,23 @@
 import pytest
 import torch
 from conftest import assert_close
-from distributed_balance import DDP_SETTINGS, MORE_STATE, SAVES, gradients_of_rank, run_processes, watched
-from router_gradients import MODELS, native_gradient, rows
+from distributed_balance import (
+    DDP_SETTINGS,
+    KINDS_OF_MODELS,
+    MORE_STATE,
+    SAVES,
+    gradients_of_rank,
+    run_processes,
+    watched,
+)
+from router_gradients import native_gradient, rows
 from test_load_balancing import expected_gradient
 
 
 @pytest.mark.processes
 def test_one_process_with_ddp(tmp_path):
     (results,) = run_processes(tmp_path, 1)
-    assert len(results) == len(MODELS) * len(DDP_SETTINGS)
+    assert len(results) == len(KINDS_OF_MODELS) * len(DDP_SETTINGS)
     for (model_kind, _), found in results.items():
         for kind, gradient in found.items():
             expected, _ = expected_gradient(kind.partition(",")[0], model_kind, rows())
@@ -22,7 +30,7 @@ def test_one_process_with_ddp(tmp_path):
 @pytest.mark.processes
 def test_two_processes_are_averaged(tmp_path):
     results = run_processes(tmp_path, 2)
-    for model_kind in MODELS.values():
+    for model_kind in KINDS_OF_MODELS:
         alike = {}
         different = {}
         for kind in results[0][model_kind, "DDP, all different"]:
