@@ -93,17 +93,18 @@ def _upcycle_commands(source: str, num_experts: int, folder: Path, mergekit: Pat
     """Command lines by name; each writes to `folder / name`, but `cp` copies the result of the first."""
     program = [sys.executable, "-c", "from hf_moe.cli.main import main; main()"]
     convert = [*program, "upcycle", source, "--num-experts", str(num_experts), "--json"]
-    commands = {
+    commands: dict[str, list[str]] = {}
+    if mergekit is not None:  # first, so that one that does not work is found out at once
+        recipe = folder / f"mergekit-{num_experts}.yml"
+        recipe.write_text(yaml.safe_dump(_mergekit_recipe(source, num_experts)), encoding="utf-8")
+        options = ["--device", "cpu", "--i-understand-this-is-not-useful-without-training"]
+        commands["mergekit-moe"] = [str(mergekit), str(recipe), str(folder / "mergekit-moe"), *options]
+    commands |= {
         "upcycle": [*convert, str(folder / "upcycle")],
         "upcycle, no proof": [*convert, "--verify", "none", str(folder / "upcycle, no proof")],
         "process start": [sys.executable, "-c", "import hf_moe.cli.main, hf_moe.upcycling.upcycle"],
         "cp": ["cp", "-r", str(folder / "upcycle"), str(folder / "cp")],
     }
-    if mergekit is not None:
-        recipe = folder / f"mergekit-{num_experts}.yml"
-        recipe.write_text(yaml.safe_dump(_mergekit_recipe(source, num_experts)), encoding="utf-8")
-        options = ["--device", "cpu", "--i-understand-this-is-not-useful-without-training"]
-        commands["mergekit-moe"] = [str(mergekit), str(recipe), str(folder / "mergekit-moe"), *options]
     return commands
 
 

@@ -233,7 +233,7 @@ def test_bench(run_command, dense, tmp_path, monkeypatch):
     run = run_command("bench", "upcycle", dense, "--num-experts", 4, "--runs", 1, "--mergekit", mergekit, "--json")
     assert run.returncode == 0, run.stderr
     rows = {row["command"]: row for row in json.loads(run.stdout)}
-    assert list(rows) == ["upcycle", "upcycle, no proof", "process start", "cp", "mergekit-moe", "conversion"]
+    assert list(rows) == ["mergekit-moe", "upcycle", "upcycle, no proof", "process start", "cp", "conversion"]
     assert rows["cp"]["times_cp"] == 1.0
     assert 0 < rows["conversion"]["median_s"] < rows["upcycle, no proof"]["median_s"]
     assert rows["upcycle"]["peak_mib"] > 100

@@ -17,6 +17,7 @@ from router_gradients import native_gradient, rows
 from test_load_balancing import expected_gradient
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_one_process_with_ddp(tmp_path):
     (results,) = run_processes(tmp_path, 1)

@@ -84,8 +84,18 @@ def expected_gradient(kind: str, model_kind: str, data, counts=None) -> tuple[to
     return torch.stack(gradients).mean(0), counted
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("model", MODELS)
+# Qwen3-MoE's routers are Mixtral's, but for what they return.
+SLOW_SETTINGS = {("Qwen3-MoE", setting) for setting in SETTINGS} - {("Qwen3-MoE", "accumulation 4")}
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        pytest.param(model, setting, marks=[pytest.mark.slow] if (model, setting) in SLOW_SETTINGS else [])
+        for model in MODELS
+        for setting in SETTINGS
+    ],
+)
 def test_the_same_gradient_in_every_setting(model, setting):
     """All micro-batches are alike, so that the gradient is that of one of them."""
     found = injected_gradients(MODELS[model], rows(), **SETTINGS[setting])

@@ -79,10 +79,19 @@ def sparse_output(layer, target, block_input: torch.Tensor) -> torch.Tensor:
     return output
 
 
+# With norms before, behind, and on both sides of the feed-forward, with and without gates and biases. The others differ in
+# their attention, and `make test-slow` runs them.
+KINDS_OF_FAMILIES = ("llama", "olmo2", "gemma2", "granite", "gpt2", "bert", "vit")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("case", "family"),
-    [(case, family) for case in CASES for family in (FAMILIES if case.gated_only else [*FAMILIES, *UNGATED_FAMILIES])],
+    [
+        pytest.param(case, family, marks=[] if family in KINDS_OF_FAMILIES else [pytest.mark.slow])
+        for case in CASES
+        for family in (FAMILIES if case.gated_only else [*FAMILIES, *UNGATED_FAMILIES])
+    ],
     ids=lambda value: value if isinstance(value, str) else f"{value.name}, normalised: {value.normalised}",
 )
 def test_matrix(case, family, dtype):
