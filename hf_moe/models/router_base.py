@@ -13,8 +13,7 @@
 # limitations under the License.
 """The base class of the routers, and what each of them declares about itself.
 
-Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K experts per token, G groups, N experts that rate
-a group.
+Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K experts per token, G groups.
 """
 
 from abc import ABC, abstractmethod
@@ -242,11 +241,10 @@ class TopKRouter(MoeRouter):
     """
     The K experts with the largest scores, of all or of those in the best groups.
 
-    A subclass says what the scores are and how many of its best experts a group is rated by.
+    A subclass says what the scores are and how good they make a group.
     """
 
     ranks_all_experts = True
-    num_rating_a_group = 1
 
     def __init__(self, config, num_experts: int):
         super().__init__(config, num_experts)
@@ -262,15 +260,22 @@ class TopKRouter(MoeRouter):
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """`(T, E)`, in float32 at least."""
 
+    def score_of_group(self, scores_TGE: torch.Tensor) -> torch.Tensor:
+        """`(T, G)` of the scores of `E / G` experts: that of the best one."""
+        return scores_TGE.amax(-1)
+
+    def divided_by_sum(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Weights of which those of a token sum to 1."""
+        return divided_by_sum(weights_TK)
+
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
         scores_TE, is_excluded_TE = self.scores(logits_TE), self.of_other_modality(logits_TE)
         if self.num_groups > 1:
-            in_group_TGE = self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1))
-            best_TGN = in_group_TGE.topk(min(self.num_rating_a_group, in_group_TGE.shape[-1]), dim=-1).values
-            is_excluded_TE = ~in_best_groups(best_TGN.sum(-1), self.topk_group, self.num_experts)
+            score_of_group_TG = self.score_of_group(self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1)))
+            is_excluded_TE = ~in_best_groups(score_of_group_TG, self.topk_group, self.num_experts)
         top_k_weights_TK, top_k_index_TK = self.largest(scores_TE, self.top_k, is_excluded_TE)
         if self.norm_topk_prob:
-            top_k_weights_TK = divided_by_sum(top_k_weights_TK)
+            top_k_weights_TK = self.divided_by_sum(top_k_weights_TK)
         if self.routed_scaling_factor != 1.0:
             top_k_weights_TK = top_k_weights_TK * self.routed_scaling_factor
         return top_k_weights_TK, top_k_index_TK
@@ -288,7 +293,7 @@ def float32_softmax(logits_TE: torch.Tensor) -> torch.Tensor:
 
 def divided_by_sum(weights_TK: torch.Tensor) -> torch.Tensor:
     """Weights of which those of a token sum to 1."""
-    return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights_TK / weights_TK.sum(dim=-1, keepdim=True)
 
 
 def in_best_groups(score_of_group_TG: torch.Tensor, topk_group: int, num_experts: int) -> torch.Tensor:

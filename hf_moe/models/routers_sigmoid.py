@@ -44,7 +44,6 @@ class SigmoidTopKRouter(TopKRouter):
         use_when="many small experts, balanced by the bias rather than a loss; groups bound how many devices a token visits",
     )
     score = "sigmoid"
-    num_rating_a_group = 2
     options = (
         *CAPACITY_OPTIONS,
         *ZERO_EXPERT_OPTIONS,
@@ -59,6 +58,12 @@ class SigmoidTopKRouter(TopKRouter):
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
         return at_least_float32(logits_TE).sigmoid()
+
+    def score_of_group(self, scores_TGE: torch.Tensor) -> torch.Tensor:
+        return scores_TGE.topk(min(2, scores_TGE.shape[-1]), dim=-1).values.sum(-1)
+
+    def divided_by_sum(self, weights_TK: torch.Tensor) -> torch.Tensor:
+        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)  # with logits below -100 all are 0
 
     @staticmethod
     def shares_weight_among_copies(config) -> bool:
