@@ -19,6 +19,9 @@ the device for nothing: how many tokens are no padding, and so how many an exper
 Dimension letters: T tokens, E experts, K experts per token, B groups of tokens, N slots (T * K).
 """
 
+import functools
+from fractions import Fraction
+
 import torch
 from torch import nn
 
@@ -35,6 +38,7 @@ CAPACITY_POLICIES = {
     "recycle": "as `position`, and the others go to experts with room: random ones in training, spread evenly in evaluation",
 }
 RECYCLING_ROUNDS = 3
+PARTS_OF_A_STEP = 1024
 
 
 class ExpertCapacity(nn.Module):
@@ -108,22 +112,14 @@ class ExpertCapacity(nn.Module):
             num_tokens_B1 = torch.full((num_groups, 1), num_tokens // num_groups, device=device)
         else:
             num_tokens_B1 = tokens.mask_T.view(num_groups, -1).sum(-1, keepdim=True)
-        # In float64, where a product like 1.1 * 10 / 11 of short numbers is not rounded up to the next slot.
-        share_B1 = factor * self.top_k * num_tokens_B1.double() / self.num_experts
-        num_feed_forwards = self.num_experts - self.num_zero_computation_experts
-        if not self.num_zero_computation_experts:
-            share_BE = share_B1.expand(-1, num_feed_forwards)
-        else:
-            parts = self.zero_expert_tau * num_feed_forwards + self.num_zero_computation_experts
-            of_other_B1 = share_B1 * self.num_experts / parts
-            share_BE = torch.cat(
-                [
-                    (self.zero_expert_tau * of_other_B1).expand(-1, num_feed_forwards),
-                    of_other_B1.expand(-1, self.num_zero_computation_experts),
-                ],
-                dim=-1,
-            )
-        return (share_BE - 1e-9).ceil().clamp(min=self.min_capacity).long()
+        num_zero = self.num_zero_computation_experts
+        share, of_zero = shares(factor * self.top_k, self.zero_expert_tau, self.num_experts - num_zero, num_zero)
+        rooms = [
+            (-(-num_tokens_B1 * share.numerator // share.denominator)).expand(-1, num_experts)
+            for share, num_experts in ((share, self.num_experts - num_zero), (of_zero, num_zero))
+            if num_experts
+        ]
+        return torch.cat(rooms, dim=-1).clamp(min=self.min_capacity)
 
     def place_in_queue(
         self,
@@ -161,6 +157,18 @@ class ExpertCapacity(nn.Module):
         if self.policy == "random" and self.training:
             return torch.rand(top_k_weights_TK.shape, device=top_k_weights_TK.device)
         return None
+
+
+@functools.cache
+def shares(slots: float, tau: float, num_feed_forwards: int, num_zero: int) -> tuple[Fraction, Fraction]:
+    """
+    How much of the slots per token a feed-forward has room for, and a zero-computation expert, if there are so many of each.
+
+    Fractions, because a product of floats, 1.1 * 10 / 11, can be a little above the whole number that it is.
+    """
+    exact, exact_tau = (Fraction(str(number)).limit_denominator(10**6) for number in (slots, tau))
+    of_zero = exact / (exact_tau * num_feed_forwards + num_zero)
+    return exact_tau * of_zero, of_zero
 
 
 def recycle(
@@ -223,9 +231,13 @@ def _places_for(
     taken_BE = taken_BE.scatter_add_(1, index_BN, torch.ones_like(index_BN))[:, :-1]
     free_until_BE = (room_BE - taken_BE).clamp(min=0).cumsum(-1)
     num_free_B1 = free_until_BE[:, -1:]
-    # Even steps through the free places, if there are more than slots.
-    step_B1 = (num_free_B1.double() / is_looking_BN.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1.0)
-    offset_B1 = torch.rand_like(step_B1) if is_random else torch.full_like(step_B1, 0.5)
-    place_BN = torch.where(step_B1 == 1.0, rank_BN, ((rank_BN + offset_B1) * step_B1).floor().long())
+    # Even steps through the free places if there are more than slots, from a random part of a step on or from its middle.
+    num_looking_B1 = is_looking_BN.sum(-1, keepdim=True).clamp(min=1)
+    if is_random:
+        part_B1 = torch.randint(PARTS_OF_A_STEP, (num_groups, 1), device=index_BN.device)
+    else:
+        part_B1 = torch.full_like(num_looking_B1, PARTS_OF_A_STEP // 2)
+    spread_BN = (rank_BN * PARTS_OF_A_STEP + part_B1) * num_free_B1 // (num_looking_B1 * PARTS_OF_A_STEP)
+    place_BN = torch.where(num_free_B1 > num_looking_B1, spread_BN, rank_BN)
     new_BN = torch.searchsorted(free_until_BE, place_BN, right=True)
     return torch.where(is_looking_BN & (place_BN < num_free_B1), new_BN, index_BN)

@@ -17,6 +17,7 @@ Dimension letters: T tokens (batch * sequence), H hidden size, E experts, K expe
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -204,28 +205,20 @@ class MoeRouter(nn.Module, ABC):
         """A product in float32, also under autocast, if the class asks for that."""
         if not self.float32_logits:
             return F.linear(hidden_states_TH, weight)
-        with torch.autocast(hidden_states_TH.device.type, enabled=False):
+        device_type = hidden_states_TH.device.type
+        with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
             return F.linear(at_least_float32(hidden_states_TH), at_least_float32(weight))
 
-    def largest(
-        self, scores_TE: torch.Tensor, top_k: int, is_excluded_TE: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scores and the places of the K largest, chosen with the selection bias if there is one."""
-        if self.e_score_correction_bias is None and is_excluded_TE is None:
-            return torch.topk(scores_TE, top_k, dim=-1)
-        for_choice_TE = self.for_choice(scores_TE)
-        if is_excluded_TE is not None:
-            for_choice_TE = for_choice_TE.masked_fill(is_excluded_TE, -torch.inf)
-        index_TK = torch.topk(for_choice_TE, top_k, dim=-1).indices
+    def largest(self, scores_TE: torch.Tensor, for_choice_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores and the places of the K that are the largest ones for the choice."""
+        if for_choice_TE is scores_TE:
+            return torch.topk(scores_TE, self.top_k, dim=-1)
+        index_TK = torch.topk(for_choice_TE, self.top_k, dim=-1).indices
         return scores_TE.gather(-1, index_TK), index_TK
 
     def for_choice(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        """The scores plus the selection bias."""
+        """The scores plus the selection bias if there is one."""
         return scores_TE if self.e_score_correction_bias is None else scores_TE + self.e_score_correction_bias
-
-    def of_other_modality(self, logits_TE: torch.Tensor) -> torch.Tensor | None:
-        """`(T, E)`: which experts a token may not have; None if there are no modalities."""
-        return None if self.experts_per_modality is None else logits_TE == -torch.inf
 
     def _of_modality(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> torch.Tensor:
         if tokens is None or tokens.modality_T is None:
@@ -269,11 +262,15 @@ class TopKRouter(MoeRouter):
         return divided_by_sum(weights_TK)
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores_TE, is_excluded_TE = self.scores(logits_TE), self.of_other_modality(logits_TE)
+        scores_TE = self.scores(logits_TE)
+        for_choice_TE = self.for_choice(scores_TE)
         if self.num_groups > 1:
-            score_of_group_TG = self.score_of_group(self.for_choice(scores_TE).unflatten(-1, (self.num_groups, -1)))
-            is_excluded_TE = ~in_best_groups(score_of_group_TG, self.topk_group, self.num_experts)
-        top_k_weights_TK, top_k_index_TK = self.largest(scores_TE, self.top_k, is_excluded_TE)
+            score_of_group_TG = self.score_of_group(for_choice_TE.unflatten(-1, (self.num_groups, -1)))
+            is_in_best_TE = in_best_groups(score_of_group_TG, self.topk_group, self.num_experts)
+            for_choice_TE = for_choice_TE.masked_fill(~is_in_best_TE, -torch.inf)
+        elif self.experts_per_modality is not None:
+            for_choice_TE = for_choice_TE.masked_fill(logits_TE == -torch.inf, -torch.inf)
+        top_k_weights_TK, top_k_index_TK = self.largest(scores_TE, for_choice_TE)
         if self.norm_topk_prob:
             top_k_weights_TK = self.divided_by_sum(top_k_weights_TK)
         if self.routed_scaling_factor != 1.0:
@@ -283,12 +280,12 @@ class TopKRouter(MoeRouter):
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """In float32, or float64 if it is that already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def float32_softmax(logits_TE: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension, in float32 at least."""
-    return F.softmax(logits_TE, dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    return F.softmax(at_least_float32(logits_TE), dim=-1)
 
 
 def divided_by_sum(weights_TK: torch.Tensor) -> torch.Tensor:

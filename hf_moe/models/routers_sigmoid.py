@@ -99,7 +99,7 @@ class Llama4Router(MoeRouter):
         self.float32_logits = config.router_dtype == "float32"
 
     def choose(self, logits_TE: torch.Tensor, tokens: Tokens | None) -> tuple[torch.Tensor, torch.Tensor]:
-        top_k_logits_TK, top_k_index_TK = self.largest(logits_TE, self.top_k, self.of_other_modality(logits_TE))
+        top_k_logits_TK, top_k_index_TK = self.largest(logits_TE, self.for_choice(logits_TE))
         return at_least_float32(top_k_logits_TK).sigmoid(), top_k_index_TK
 
 
