@@ -90,7 +90,7 @@ def test_coactivation_of_experts_of_unequal_load_is_one_too():
     np.testing.assert_allclose(found[~np.eye(4, dtype=bool)], 1, atol=0.05)
 
 
-def test_zero_computation_experts_are_hatched():
+def test_zero_computation_experts_are_hatched(tmp_path):
     """In layers of different numbers of experts each for itself; the axis says what it means, but where there are none."""
     names = [f"layers.{index}.mlp" for index in range(2)]
     of = RoutingStatistics(
@@ -99,7 +99,10 @@ def test_zero_computation_experts_are_hatched():
             names[1]: LayerRouting(torch.tensor([4, 4, 4]), 6, num_zero_computation_experts=1),
         }
     )
-    history = RoutingHistory([1, 2], [of, of])
+    RoutingHistory.begin(tmp_path, 0)
+    for step in (1, 2):
+        RoutingHistory.append(tmp_path, step, of)
+    history = RoutingHistory.load(tmp_path)
     pairs = {name: np.ones((len(of[name].counts),) * 2) for name in names}
     for figure, places in (
         (plot_load(of), [{(2.5, -0.5), (1.5, 0.5)}]),

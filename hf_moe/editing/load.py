@@ -37,7 +37,7 @@ def load_of_layers(moe: MoeCheckpoint, statistics: RoutingStatistics | str | Pat
                 f"The statistics are of another model: {block.router!r} has {len(found[0].counts)} experts there and "
                 f"{block.num_experts} here. Record them with this model (`hf-moe inspect --output`)."
             )
-        if not found[0].counts.sum():
+        if not found[0].demand.sum():
             raise UpcycleError(f"The statistics saw no tokens in {block.router!r}. Run text through the model first.")
         loads[index] = found[0].load
     if len(statistics.layers) != len(loads):

@@ -19,7 +19,6 @@ the device for nothing: how many tokens are no padding, and so how many an exper
 Dimension letters: T tokens, E experts, K experts per token, B groups of tokens, N slots (T * K).
 """
 
-import functools
 from fractions import Fraction
 
 import torch
@@ -67,6 +66,7 @@ class ExpertCapacity(nn.Module):
         self.num_zero_computation_experts = config.num_zero_computation_experts
         self.zero_expert_tau = config.zero_expert_tau
         self.queues_by_choice = queues_by_choice
+        self.shares_of_factor: dict[float, tuple[Fraction, Fraction]] = {}
 
     @property
     def current_factor(self) -> float | None:
@@ -113,7 +113,11 @@ class ExpertCapacity(nn.Module):
         else:
             num_tokens_B1 = tokens.mask_T.view(num_groups, -1).sum(-1, keepdim=True)
         num_zero = self.num_zero_computation_experts
-        share, of_zero = shares(factor * self.top_k, self.zero_expert_tau, self.num_experts - num_zero, num_zero)
+        if factor not in self.shares_of_factor:
+            self.shares_of_factor[factor] = shares(
+                factor * self.top_k, self.zero_expert_tau, self.num_experts - num_zero, num_zero
+            )
+        share, of_zero = self.shares_of_factor[factor]
         rooms = [
             (-(-num_tokens_B1 * share.numerator // share.denominator)).expand(-1, num_experts)
             for share, num_experts in ((share, self.num_experts - num_zero), (of_zero, num_zero))
@@ -159,7 +163,6 @@ class ExpertCapacity(nn.Module):
         return None
 
 
-@functools.cache
 def shares(slots: float, tau: float, num_feed_forwards: int, num_zero: int) -> tuple[Fraction, Fraction]:
     """
     How much of the slots per token a feed-forward has room for, and a zero-computation expert, if there are so many of each.
@@ -180,7 +183,7 @@ def recycle(
 ) -> torch.Tensor:
     """
     Hunyuan-Large's recycling (https://huggingface.co/papers/2411.02265): slots that found no room go to experts of their group
-    that have some, each free place with the same probability; without room they stay dropped.
+    that have some, each free place with about the same probability; without room they stay dropped.
 
     No token gets an expert twice: a slot to which such a place falls looks again, `RECYCLING_ROUNDS` times in all.
 

@@ -14,6 +14,7 @@
 """The fields of a configuration that concern routing, and their validation; `MoeConfigMixin` adds the others."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -168,6 +169,7 @@ class RoutingConfigMixin:
         self._validate_options()
         self._validate_numbers()
         self._validate_groups()
+        self._validate_top_k()
         self.router_class.validate(self)
 
     def _validate_options(self):
@@ -203,9 +205,13 @@ class RoutingConfigMixin:
             ("num_constant_experts", self.num_constant_experts >= 0, "at least 0"),
             ("num_copy_experts", self.num_copy_experts >= 0, "at least 0"),
             ("num_zero_experts", self.num_zero_experts >= 0, "at least 0"),
-            ("zero_expert_tau", self.zero_expert_tau > 0, "positive"),
-            ("capacity_factor", self.capacity_factor > 0, "positive"),
-            ("eval_capacity_factor", self.eval_capacity_factor is None or self.eval_capacity_factor > 0, "positive"),
+            ("zero_expert_tau", 0 < self.zero_expert_tau < math.inf, "positive and finite"),
+            ("capacity_factor", 0 < self.capacity_factor < math.inf, "positive and finite"),
+            (
+                "eval_capacity_factor",
+                self.eval_capacity_factor is None or 0 < self.eval_capacity_factor < math.inf,
+                "positive and finite",
+            ),
             ("min_capacity", self.min_capacity >= 0, "at least 0"),
             ("expert_dropout", 0 <= self.expert_dropout < 1, "at least 0 and less than 1"),
             (
@@ -219,6 +225,16 @@ class RoutingConfigMixin:
         group = self.capacity_group
         if group not in ("batch", "sequence") and (not isinstance(group, int) or group < 1):
             raise ValueError(f"`capacity_group` must be 'batch', 'sequence' or a number of tokens, got {group!r}.")
+
+    def _validate_top_k(self):
+        allowed = self.router_class.fixed_top_k
+        if self.router_class.chooses_all:
+            allowed = self.num_experts + self.num_zero_computation_experts
+        if allowed is not None and self.num_experts_per_tok != allowed:
+            raise ValueError(
+                f"router_type={self.router_type!r} chooses {allowed} of the experts for every token: set `num_experts_per_tok={allowed}`, "
+                f"got {self.num_experts_per_tok}."
+            )
 
     def _validate_groups(self):
         if self.n_group < 1:

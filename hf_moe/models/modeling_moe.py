@@ -96,7 +96,9 @@ class MoeModelMixin:
 
     def __init__(self, config, **kwargs):
         super().__init__(config, **kwargs)
-        config.validate()  # `from_pretrained(folder, field=...)` changes fields of a configuration that was valid
+        # `from_pretrained(folder, field=...)` changes fields of a configuration that was valid.
+        for validate in (config.validate_moe, config.validate_routing, config.validate_block):
+            validate()
         layers = self.get_submodule(self.layers_path)
         for index, layer_type in enumerate(config.mlp_layer_types):
             if layer_type == "sparse":
@@ -137,12 +139,13 @@ class MoeForCausalLMMixin(FilterStateGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, *args, mm_token_type_ids=None, **kwargs):
+    # `generate` looks for the name `inputs_embeds` in this signature.
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
         if mm_token_type_ids is not None:
             # What an assistant proposes is text, as all that is generated.
             num_proposed = max(input_ids.shape[-1] - mm_token_type_ids.shape[-1], 0)
             kwargs["mm_token_type_ids"] = nn.functional.pad(mm_token_type_ids, (0, num_proposed))
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
         # An assistant without such routers refuses what concerns them.

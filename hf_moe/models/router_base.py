@@ -118,6 +118,11 @@ class MoeRouter(nn.Module, ABC):
         self.experts_per_modality = config.num_experts_per_modality
 
     @property
+    def is_even_in_sequences(self) -> bool:
+        """Whether all experts have the same load in every sequence, whatever the router learns."""
+        return self.chooses_all
+
+    @property
     def sizes_of_parts(self) -> list[int]:
         """How many consecutive experts each part has in which they compete for tokens, and not with those of other parts."""
         return self.experts_per_modality or [self.num_experts]
@@ -298,12 +303,3 @@ def in_best_groups(score_of_group_TG: torch.Tensor, topk_group: int, num_experts
     best_TG = torch.topk(score_of_group_TG, topk_group, dim=-1, sorted=False).indices
     is_best_TG = torch.zeros_like(score_of_group_TG, dtype=torch.bool).scatter_(-1, best_TG, True)
     return is_best_TG.repeat_interleave(num_experts // score_of_group_TG.shape[-1], dim=-1)
-
-
-def refuse_other_top_k(config, allowed: int) -> None:
-    """For routers that choose a fixed number of experts."""
-    if config.num_experts_per_tok != allowed:
-        raise ValueError(
-            f"router_type={config.router_type!r} chooses {allowed} of the experts for every token: set `num_experts_per_tok={allowed}`, "
-            f"got {config.num_experts_per_tok}."
-        )

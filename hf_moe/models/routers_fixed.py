@@ -175,6 +175,10 @@ class ExpertChoiceRouter(MoeRouter):
         super().__init__(config, num_experts)
         self.capacity_group = config.capacity_group
 
+    @property
+    def is_even_in_sequences(self) -> bool:
+        return self.capacity_group == "sequence"
+
     @staticmethod
     def validate(config) -> None:
         if config.is_causal_model and not config.allow_causal_expert_choice:

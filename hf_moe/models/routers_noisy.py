@@ -33,7 +33,6 @@ from .router_base import (
     at_least_float32,
     divided_by_sum,
     float32_softmax,
-    refuse_other_top_k,
 )
 from .routing_context import Tokens
 
@@ -234,7 +233,6 @@ class GShardRouter(MoeRouter):
 
     @staticmethod
     def validate(config) -> None:
-        refuse_other_top_k(config, GShardRouter.fixed_top_k)
         if config.second_expert_policy not in SECOND_EXPERT_POLICIES:
             raise ValueError(
                 f"`second_expert_policy` must be one of {list(SECOND_EXPERT_POLICIES)}, got {config.second_expert_policy!r}."
@@ -291,10 +289,6 @@ class SwitchRouter(MoeRouter):
         super().__init__(config, num_experts)
         self.jitter_noise = config.router_jitter_noise
         self.init_scale = 0.1 if config.moe_initializer_scale is None else config.moe_initializer_scale
-
-    @staticmethod
-    def validate(config) -> None:
-        refuse_other_top_k(config, SwitchRouter.fixed_top_k)
 
     def init_weights(self, std: float) -> None:
         init_truncated_normal(self.weight, self.init_scale)

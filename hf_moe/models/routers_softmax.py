@@ -28,7 +28,6 @@ from .router_base import (
     RouterContract,
     TopKRouter,
     float32_softmax,
-    refuse_other_top_k,
 )
 from .routing_context import Tokens
 
@@ -55,10 +54,6 @@ class SoftRouter(MoeRouter):
     chooses_all = True
     unreplayable_because = "it takes all experts"
     has_balance_loss = False
-
-    @staticmethod
-    def validate(config) -> None:
-        refuse_other_top_k(config, config.num_experts + config.num_zero_computation_experts)
 
     @staticmethod
     def weight_sum(config, num_experts: int) -> float | None:

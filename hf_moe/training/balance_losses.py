@@ -83,7 +83,7 @@ def refuse_to_balance(routers: Iterable[Router], kind: str) -> None:
                 f"router_type={router_type!r} chooses by a fixed table and learns nothing, so that no loss can balance it. Leave the "
                 "balance loss out, or choose another `router_type`."
             )
-        if kind in OF_THE_LOAD:
+        if kind in OF_THE_LOAD or (kind == "sequence" and module.is_even_in_sequences):
             raise ValueError(
                 f"router_type={router_type!r} gives all experts the same load, so that {kind!r} changes nothing. Leave it out, or choose a "
                 "loss of weights or logits: 'importance_load', 'entropy' or 'z'."

@@ -59,7 +59,12 @@ class RoutingHistory:
     def append(folder: str | Path, step: int, statistics: RoutingStatistics) -> None:
         """Add a line."""
         layers = {
-            name: {"counts": layer.counts.tolist(), "demand": layer.demand.tolist(), "num_tokens": layer.num_tokens}
+            name: {
+                "counts": layer.counts.tolist(),
+                "demand": layer.demand.tolist(),
+                "num_tokens": layer.num_tokens,
+                "num_zero_computation_experts": layer.num_zero_computation_experts,
+            }
             for name, layer in statistics.layers.items()
         }
         with Path(folder, FILE_NAME).open("a", encoding="utf-8") as file:

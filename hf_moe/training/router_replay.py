@@ -65,7 +65,6 @@ class RouterReplay:
         self._calls = ModelCalls(model)
         self._num_selections: dict[str, int] = {}
         self._num_experts: dict[str, int] = {}
-        self._in_range: set[str] = set()  # whose choices were looked at once
         self._first_passes: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._checked: set[str] = set()
 
@@ -117,6 +116,7 @@ class RouterReplay:
                     f"The choices given for {name} are {tuple(index.shape)} of {index.dtype}. Give numbers of experts as integers, (tokens, K)."
                 )
         given = {name: index.flatten(0, -2) for name, index in choices.items()}
+        in_range: set[str] = set()  # looked at once, not in every pass
 
         def before(name: str, router: Router, args: tuple, kwargs: dict) -> "_Selections":
             if name not in given:
@@ -127,13 +127,13 @@ class RouterReplay:
                     output = router.module.forward(*args, **kwargs)
                 self._num_selections[name] = len(live.found)
                 self._num_experts[name] = router.logits(output).shape[-1]
-            if name not in self._in_range and given[name].max() >= self._num_experts[name]:
+            if name not in in_range and given[name].max() >= self._num_experts[name]:
                 num_experts = self._num_experts[name]
                 raise ValueError(
                     f"The choices given for {name} go up to {int(given[name].max())}, and it has {num_experts} experts, 0 to "
                     f"{num_experts - 1}."
                 )
-            self._in_range.add(name)
+            in_range.add(name)
             return _Selections(given[name], self._num_selections[name], name)
 
         def after(name: str, selections: "_Selections", output: Any) -> None:

@@ -171,7 +171,7 @@ def _stacked_counts(statistics: Mapping[str, RoutingStatistics]) -> dict[str, to
                 "one model."
             )
         for name, layer in routing.layers.items():
-            if not layer.counts.sum():
+            if not layer.demand.sum():
                 raise ValueError(
                     f"No expert of {name} served a token of {domain!r}. Give it more text, or leave it out."
                 )

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from conftest import FAMILIES, moe_model
 from router_cases import build_model, router_config, with_routing_inputs
 from torch.distributed.utils import _apply_to_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -100,8 +101,33 @@ def test_a_resized_vocabulary_is_saved(tmp_path):
 )
 def test_fields_changed_while_loading_are_validated(overrides, message, tmp_path):
     MoeLlamaForCausalLM(router_config("softmax_topk")).save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         MoeLlamaForCausalLM.from_pretrained(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generates_from_embeddings(family):
+    model = moe_model(family)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids, mask = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(2)), torch.ones(2, 6).long()
+    expected = model.generate(input_ids=ids, attention_mask=mask, **options)[:, 6:]
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **options), expected)
+
+
+def test_generates_from_embeddings_of_modalities():
+    model = build_model("modality")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = torch.randint(3, 90, (1, 6), generator=torch.Generator().manual_seed(2))
+    given = {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.tensor([[0, 1, 1, 1, 0, 0]])}
+    expected = model.generate(input_ids=ids, **given, **options)[:, 6:]
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **given, **options), expected)
+
+
+def test_only_our_own_fields_are_validated_anew():
+    config = router_config("softmax_topk", output_attentions=True)
+    assert MoeLlamaForCausalLM(config)(torch.tensor([[3, 4]])).logits.shape == (1, 2, config.vocab_size)
 
 
 def test_layers_of_a_wrapped_model_share_the_context():

@@ -574,6 +574,12 @@ def test_models_that_are_refused():
             "global_batch",
             "router_type='expert_choice' .* same load",
         ),
+        ({"router_type": "soft", "num_experts_per_tok": 4}, "sequence", "router_type='soft' .* same load"),
+        (
+            {"router_type": "expert_choice", "allow_causal_expert_choice": True, "capacity_group": "sequence"},
+            "sequence",
+            "router_type='expert_choice' .* same load",
+        ),
     ],
 )
 def test_routers_that_no_loss_can_balance(options, kind, message):

@@ -271,9 +271,12 @@ def test_what_is_refused():
         model(ids())
         with pytest.raises(ValueError, match="ran a second time in `record`"):
             model(ids())
+    again = RouterReplay(model)
+    with again.replay({name: torch.tensor([[0, 3]]).repeat(24, 1)}):
+        model(ids())
     with (
         pytest.raises(ValueError, match="up to 4, and it has 4 experts, 0 to 3"),
-        RouterReplay(model).replay({name: torch.full((24, 2), 4)}),
+        again.replay({name: torch.tensor([[0, 4]]).repeat(24, 1)}),
     ):
         model(ids())
     model(ids())
