@@ -205,7 +205,7 @@ class ExpertLoraConfig(LoraConfig):
                 if getattr(getattr(router, "weight", None), "ndim", 0) != 2:
                     raise ExpertLoraError(
                         f"The router {name} ({type(router).__name__}) is no matrix called `weight`, so that PEFT cannot adapt it. Leave "
-                        "train_router at False, or train it in full with `modules_to_save`."
+                        "train_router at False; one that has parameters can be trained in full with `modules_to_save`."
                     )
             parameters += [
                 f"{name}.{matrix}"

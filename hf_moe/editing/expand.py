@@ -80,6 +80,7 @@ def expand_experts(
         raise UpcycleError(f"`noise` must be a finite number and not negative, got {noise}.")
     output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
+    moe.refuse_router_residual()
     load = load_of_layers(moe, statistics) if statistics is not None else None
     copied_from = {
         index: _copied_from(block.num_experts, factor, None if load is None else load[index])

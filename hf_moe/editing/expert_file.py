@@ -126,6 +126,7 @@ def extract_expert(
     if path.exists() and (path.is_dir() or not overwrite):
         raise UpcycleError(f"{path} exists. Choose another file, or pass overwrite=True (--overwrite) to replace it.")
     moe = MoeCheckpoint(source, revision)
+    moe.refuse_router_residual()
     chosen = _choose_layers(moe, layers)
     if expert < 0 or (short := [index for index in chosen if expert >= moe.blocks[index].num_experts]):
         fewest = min(moe.blocks[index].num_experts for index in (chosen if expert < 0 else short))
@@ -205,6 +206,7 @@ def insert_expert(
     output = OutputFolder(output_dir, [source, file], overwrite)
     added = ExpertFile(file)
     moe = MoeCheckpoint(source, revision)
+    moe.refuse_router_residual()
     _check_fits(moe, added)
     counts = {index: block.num_experts for index, block in moe.blocks.items()}
     layers = {}

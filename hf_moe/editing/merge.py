@@ -84,6 +84,7 @@ def merge_experts(
         raise UpcycleError(f"`similarity` must be one of {list(SIMILARITIES)}, got {similarity!r}.")
     output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
+    moe.refuse_router_residual()
     fewest = min(block.num_experts for block in moe.blocks.values())
     if not 1 <= num_experts < fewest:
         raise UpcycleError(

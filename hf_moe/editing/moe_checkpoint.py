@@ -81,6 +81,17 @@ class MoeCheckpoint:
         self._check_names()
         self.provenance = _read_provenance(self.checkpoint)
 
+    def refuse_router_residual(self) -> None:
+        """
+        Raises:
+            UpcycleError: if the routers have matrices of experts by experts, of which an edit would have to change the columns too.
+        """
+        if getattr(self.config, "router_residual", False):
+            raise UpcycleError(
+                f"{self.checkpoint.source} has `router_residual`: a matrix with a row and a column for every expert leads from each router to the "
+                "next, and hf_moe edits rows alone. `collapse` works; for other experts, upcycle the dense model again."
+            )
+
     @property
     def history(self) -> list[dict[str, Any]]:
         """What was done to the model before, oldest first."""

@@ -71,6 +71,7 @@ def prune_experts(
         )
     output = OutputFolder(output_dir, [source], overwrite)
     moe = MoeCheckpoint(source, revision)
+    moe.refuse_router_residual()
     if keep is None or statistics is None:
         kept = _without(moe, drop or [])
     else:

@@ -179,7 +179,8 @@ class RoutingConfigMixin:
             if getattr(self, name) != defaults[name] and not (name == "capacity_policy" and not self.has_capacity):
                 readers = sorted(router_type for router_type, router in ROUTERS.items() if name in router.options)
                 raise ValueError(
-                    f"`{name}`={getattr(self, name)!r} has no effect on router_type={self.router_type!r}, only on {readers}."
+                    f"`{name}`={getattr(self, name)!r} has no effect on router_type={self.router_type!r}, only on {readers}. "
+                    f"Leave it at {defaults[name]!r}."
                 )
         if not self.num_zero_computation_experts and self.zero_expert_tau != defaults["zero_expert_tau"]:
             raise ValueError(
@@ -190,9 +191,10 @@ class RoutingConfigMixin:
             for name in set(CAPACITY_OPTIONS) - {"capacity_policy"}:
                 is_read = name == "capacity_group" and "allow_causal_expert_choice" in self.router_class.options
                 if name in self.router_class.options and getattr(self, name) != defaults[name] and not is_read:
+                    others = [policy for policy in CAPACITY_POLICIES if policy != "none"]
                     raise ValueError(
-                        f"`{name}`={getattr(self, name)!r} has no effect with `capacity_policy='none'`. Choose another of "
-                        f"{list(CAPACITY_POLICIES)}."
+                        f"`{name}`={getattr(self, name)!r} has no effect with `capacity_policy='none'`. Leave it at {defaults[name]!r}, or "
+                        f"choose a policy of {others}."
                     )
 
     def _validate_numbers(self):

@@ -123,7 +123,9 @@ class ModalityRouter(SoftmaxTopKRouter):
         state="`e_score_correction_bias` with `use_expert_bias`",
         use_when="inputs of several modalities that should not compete for experts; `mm_token_type_ids` names them",
     )
-    options = tuple(option for option in SoftmaxTopKRouter.options if option not in ("n_group", "topk_group"))
+    options = tuple(
+        option for option in SoftmaxTopKRouter.options if option not in ("n_group", "topk_group", "router_residual")
+    )
     requires = ("modality_T",)
     ranks_all_experts = False
     has_mixtral_loss = False

@@ -162,7 +162,7 @@ class RoutingContext:
             raise ValueError(
                 f"`domain_ids` must have one domain per sequence, shape ({batch_size},), got {tuple(self.domain_ids.shape)}."
             )
-        return self.domain_ids.to(device).repeat_interleave(length, output_size=batch_size * length)
+        return self.domain_ids.to(device, torch.long).repeat_interleave(length, output_size=batch_size * length)
 
     def _modality(self, batch_size: int, length: int, device: torch.device) -> torch.Tensor | None:
         if self.mm_token_type_ids is None:

@@ -194,7 +194,8 @@ class RouterFreezeCallback(MoeCallback):
         self._routers = [of for group in in_routers.values() for of in group if of.requires_grad]
         if not self._routers:
             raise ValueError(
-                "The routers are frozen already, for instance by PEFT, so that there is nothing to freeze or to train."
+                "The routers have no parameter that trains, so that there is nothing to freeze: PEFT or `requires_grad_(False)` froze "
+                "them, or they choose by a table (router_type='hash'). Leave the callback out."
             )
         ids = {id(parameter) for parameter in self._routers}
         self._others = [of for of in model.parameters() if of.requires_grad and id(of) not in ids]

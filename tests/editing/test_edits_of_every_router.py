@@ -99,6 +99,20 @@ def test_what_holds_more_than_rows_is_refused_everywhere(source, tmp_path):
             edit()
 
 
+def test_a_matrix_of_experts_by_experts_is_refused(tmp_path):
+    build_model("softmax_topk", router_residual=True).save_pretrained(tmp_path / "moe")
+    source, new, file = tmp_path / "moe", tmp_path / "new", tmp_path / "one.safetensors"
+    for edit in (
+        lambda: expand_experts(source, new, progress=False),
+        lambda: prune_experts(source, new, drop=[1], progress=False),
+        lambda: merge_experts(source, new, num_experts=4, progress=False),
+        lambda: extract_expert(source, file, expert=0, progress=False),
+    ):
+        with pytest.raises(UpcycleError, match="has `router_residual`: .* upcycle the dense model again"):
+            edit()
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
 @pytest.mark.parametrize("source", ["switch"], indirect=True)
 def test_a_router_with_one_number_of_experts_per_token(source, tmp_path):
     report = expand_experts(source, tmp_path / "new", keep_top_k=True, progress=False)

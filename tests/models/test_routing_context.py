@@ -35,12 +35,13 @@ def test_values_that_no_router_can_use_are_refused(case, name, value, message):
         model(input_ids=torch.ones(2, 10, dtype=torch.long), **{name: value})
 
 
-def test_modalities_may_be_true_and_false(batch):
-    model = build_model("modality")
+@pytest.mark.parametrize(("case", "name"), [("modality", "mm_token_type_ids"), ("hash", "domain_ids")])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32])
+def test_integers_of_any_kind(case, name, dtype, batch):
+    model = build_model(case)
     given = with_routing_inputs(batch, model)
-    as_bool = {**given, "mm_token_type_ids": given["mm_token_type_ids"].bool()}
     with torch.no_grad():
-        assert torch.equal(model(**as_bool).logits, model(**given).logits)
+        assert torch.equal(model(**{**given, name: given[name].to(dtype)}).logits, model(**given).logits)
 
 
 @pytest.mark.parametrize("case", ["modality", "hash"])
