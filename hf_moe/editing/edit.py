@@ -25,7 +25,8 @@ from ..upcycling.output import OutputFolder, write_model_files, write_provenance
 from ..upcycling.parity import FLOAT32_BOUND
 from ..upcycling.readers import misreadings
 from ..upcycling.router_facts import describe_router
-from ..upcycling.sample import sample_of
+from ..upcycling.routing import kinds_of_tokens_of
+from ..upcycling.sample import Sample, of_every_kind, sample_of
 from ..upcycling.targets import meta_model
 from ..version import __version__
 from .measure import Subject, measure
@@ -190,7 +191,7 @@ def write_edit(
     checkpoint, model = moe.checkpoint, meta_model(edit.model_class, edit.config)
     result = _describe(model, edit.config, edit.top_k)
     parent_data = read_parent_card(checkpoint.folder / "README.md")
-    sample = sample_of(checkpoint) if verify else None
+    sample = _draw_sample(moe) if verify else None
     parent = {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
@@ -251,6 +252,12 @@ def write_edit(
         bytes_written=writer.total_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _draw_sample(moe: MoeCheckpoint) -> Sample:
+    """What the two are compared on. Where domains or modalities have experts of their own, it comes once as each of them."""
+    sample = sample_of(moe.checkpoint)
+    return sample if moe.router_class is None else of_every_kind(sample, *kinds_of_tokens_of(moe.config))
 
 
 def _describe(model: PreTrainedModel, config: PreTrainedConfig, top_k: int | None) -> dict[str, Any]:

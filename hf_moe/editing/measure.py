@@ -40,11 +40,15 @@ def measure(before: Subject, after: Subject, sample: Sample, progress: bool = Tr
     Compare what two checkpoints compute, in float32 and in the type of the weights.
 
     Returns:
-        `dict`: `num_tokens`, `text` (False where random tokens or images had to serve) and per data type
-        `max_relative_error` (largest difference of the outputs divided by the largest value of `before`),
+        `dict`: `num_tokens`, `text` (False where random tokens or images had to serve), `in_each_of` (`"2 domains"` where the
+        tokens come once for each of them) and per data type `max_relative_error` (largest difference of the outputs divided by the largest value of `before`),
         `top1_agreement` and `kl_divergence` (mean over tokens, in nats).
     """
-    measured: dict[str, Any] = {"num_tokens": sample.num_tokens, "text": sample.is_text}
+    measured: dict[str, Any] = {
+        "num_tokens": sample.num_tokens,
+        "text": sample.is_text,
+        "in_each_of": sample.in_each_of,
+    }
     for dtype in dict.fromkeys((torch.float32, before.config.dtype)):
         name = str(dtype).removeprefix("torch.")
         with tqdm(
@@ -67,4 +71,5 @@ def _run(subject: Subject, sample: Sample, dtype: torch.dtype, bar: tqdm) -> tor
     model = streamed_model(side, subject.config, dtype, subject.target)
     for name in subject.layers:
         model.get_submodule(name).register_forward_hook(advance)
-    return output_of(model(**sample.as_type(dtype)))
+    routing = {} if subject.target is None else sample.routing
+    return output_of(model(**sample.as_type(dtype), **routing))

@@ -122,9 +122,13 @@ def varying_because(recipe: "UpcycleConfig") -> str | None:
 
 def kinds_of_tokens(recipe: "UpcycleConfig") -> tuple[str, int]:
     """What a text may be where that decides which experts it can have, `"domains"` or `"modalities"`, and how many there are."""
-    fields = _fields(recipe)
-    num_domains = ROUTERS[fields.router_type].count_domains(fields)
-    return ("domains", num_domains) if num_domains > 1 else ("modalities", len(fields.num_experts_per_modality or [0]))
+    return kinds_of_tokens_of(_fields(recipe))
+
+
+def kinds_of_tokens_of(config: Any) -> tuple[str, int]:
+    """The same of a model of hf_moe."""
+    num_domains = ROUTERS[config.router_type].count_domains(config)
+    return ("domains", num_domains) if num_domains > 1 else ("modalities", len(config.num_experts_per_modality or [0]))
 
 
 def has_loud_zero_experts(recipe: "UpcycleConfig") -> bool:

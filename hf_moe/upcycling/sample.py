@@ -70,12 +70,13 @@ def draw_sample(dense: Checkpoint, recipe: UpcycleConfig) -> Sample:
     """
     needed = max(NUM_TOKENS, TOKENS_PER_EXPERT * max(recipe.expert_counts) // recipe.num_experts_per_tok)
     sample = sample_of(dense, needed, recipe.calibration_files)
-    kinds, count = kinds_of_tokens(recipe)
-    return sample if count == 1 else _of_every_kind(sample, kinds, count)
+    return of_every_kind(sample, *kinds_of_tokens(recipe))
 
 
-def _of_every_kind(sample: Sample, kinds: str, count: int) -> Sample:
-    """The same tokens as each of `count` domains or modalities."""
+def of_every_kind(sample: Sample, kinds: str, count: int) -> Sample:
+    """The same tokens as each of `count` `"domains"` or `"modalities"`."""
+    if count == 1:
+        return sample
     inputs = {name: torch.cat([value] * count) for name, value in sample.inputs.items()}
     num_rows = len(next(iter(sample.inputs.values())))
     kind_B = torch.arange(count).repeat_interleave(num_rows)

@@ -174,3 +174,23 @@ def test_equal_experts_whose_weights_do_not_sum_to_1_are_not_promised(tmp_path):
         model.save_pretrained(tmp_path / case)
         report = collapse(tmp_path / case, tmp_path / f"{case}-dense", progress=False)
         assert report.inexact_because == "the weights of the chosen experts do not sum to 1"
+
+
+def test_what_another_modality_loses_is_measured(tmp_path):
+    """Experts of the images that do something else: the first one of the text serves text as before, and images not at all."""
+    dense_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "dense")
+    recipe = UpcycleConfig(
+        num_experts=4, router_type="modality", router_options={"num_experts_per_modality": [2, 2]}, target="hf_moe"
+    )
+    upcycle(tmp_path / "dense", tmp_path / "moe", recipe, progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj.data[2:] *= -1
+    model.save_pretrained(tmp_path / "trained")
+    report = collapse(tmp_path / "trained", tmp_path / "text", expert=0, progress=False)
+    assert not report.exact
+    assert report.max_relative_error > 0.1
+    assert (report.measured["num_tokens"], report.measured["in_each_of"]) == (512, "2 modalities")
+    card = (tmp_path / "text" / "README.md").read_text()
+    assert "512 tokens of random input, the same in each of 2 modalities" in card
+    assert "| in_each_of" not in card
