@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_moe import RoutingRecorder, UpcycleConfig, plan_upcycle, upcycle
-from hf_moe.models.routers import ROUTERS, MoeRouter
+from hf_moe.models.routers import MoeRouter
 from hf_moe.upcycling.sample import TEXT
 
 
@@ -32,7 +32,7 @@ def recipe(router_type: str, **values) -> UpcycleConfig:
 @pytest.mark.parametrize("router_init", ["normal", "zero"])
 @pytest.mark.parametrize("router_type", ROUTER_CASES)
 def test_copy_is_as_exact_as_promised(router_type, router_init, smollm2, tmp_path):
-    if router_init == "zero" and not ROUTERS[router_type].has_rows:
+    if router_init == "zero" and router_type in ("hash", "relu"):  # which have no rows, or would choose nothing
         return
     config = recipe(router_type, router_init=router_init)
     plan, report = plan_upcycle(smollm2, config), upcycle(smollm2, tmp_path / "moe", config, progress=False)

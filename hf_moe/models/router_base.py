@@ -87,6 +87,9 @@ class MoeRouter(nn.Module, ABC):
     decides_alone = True  # whether a token's experts do not depend on other tokens
     divides_by_top_k = False  # whether it divides the experts into as many groups as a token gets experts
     has_rows = True  # whether it has a row of weights for every expert
+    ties_at_zero_rows = (
+        False  # whether its logits tie where `weight` is zero, and learn only if what else it has is not
+    )
     holds_besides_rows: str | None = None  # what it has that would not fit other numbers of experts
     fixed_top_k: int | None = None  # the only `num_experts_per_tok` there is
     chooses_all = False  # whether a token gets all experts

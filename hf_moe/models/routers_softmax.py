@@ -202,6 +202,7 @@ class AttentionRouter(SoftmaxTopKRouter):
         use_when="experts whose usefulness depends on which others are there; three times the router's parameters",
     )
     options: tuple[str, ...] = (*CAPACITY_OPTIONS, *ZERO_EXPERT_OPTIONS, "norm_topk_prob", "use_expert_bias")
+    ties_at_zero_rows = True
     has_mixtral_loss = False
 
     def __init__(self, config, num_experts: int):

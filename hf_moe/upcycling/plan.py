@@ -23,7 +23,7 @@ from .methods import METHODS, inexact_because
 from .readers import misreadings
 from .recipe import UpcycleConfig
 from .router_init import ROUTER_INITIALIZERS
-from .routing import DEFAULT_ROUTER
+from .routing import DEFAULT_ROUTER, chosen_at_zero, weight_sum
 from .target import Target
 from .targets import (
     build_config,
@@ -229,19 +229,7 @@ def _who_looks(choices: list[str]) -> str:
 def _warnings(
     recipe: UpcycleConfig, dtype: torch.dtype, is_gated: bool, misread_by: Mapping[str, list[str]]
 ) -> list[str]:
-    found = []
-    router = ROUTERS[recipe.router_type or DEFAULT_ROUTER]
-    leaves_some_out = recipe.num_experts_per_tok < max(recipe.expert_counts)
-    if recipe.router_init == "zero" and leaves_some_out and not router.has_noise:
-        remedies = [
-            "router_jitter_noise",
-            "expert_noise",
-            *(["a selection bias"] if "use_expert_bias" in router.options else []),
-        ]
-        found.append(
-            "router_init='zero': all logits tie, so every token goes to the same experts and the others get no gradient. Train "
-            f"with {' or '.join(remedies)}, or use 'normal'."
-        )
+    found = _warnings_of_zeros(recipe) if recipe.router_init == "zero" else []
     if recipe.scale_on == "megatron":
         found.append(
             "scale_on='megatron' is for comparison with Megatron-Core: it changes what goes through the activation, and so the "
@@ -257,6 +245,32 @@ def _warnings(
         for program, what in misread_by.items()
     ]
     return found
+
+
+def _warnings_of_zeros(recipe: UpcycleConfig) -> list[str]:
+    """What to know of `router_init="zero"`; refused where no expert is chosen, which training cannot change."""
+    router_type = recipe.router_type or DEFAULT_ROUTER
+    router, num_experts = ROUTERS[router_type], max(recipe.expert_counts)
+    num_chosen, total = chosen_at_zero(recipe, num_experts)
+    if num_chosen == 0:
+        raise UpcycleError(
+            f"With router_init='zero' a router of router_type={router_type!r} chooses no expert, and gets no gradient by which it "
+            "could learn to. Use 'normal', or another `router_type`."
+        )
+    # Where one expert has all of the weight, whatever the router says, the loss cannot tell it which would be better.
+    loss_breaks_tie = recipe.num_experts_per_tok > 1 or weight_sum(recipe, num_experts) is None
+    has_noise = bool(recipe.expert_noise) or recipe.max_kl is not None
+    if num_chosen == total or router.has_noise or (has_noise and loss_breaks_tie):
+        return []
+    remedies = [
+        "a balance loss",
+        *(["`expert_noise`"] if loss_breaks_tie else []),
+        *(["a selection bias"] if "use_expert_bias" in router.options else []),
+    ]
+    return [
+        "router_init='zero': all logits tie, so every token goes to the same experts, and the others get no gradient until training "
+        f"breaks the tie. Train with {' or '.join(remedies)}, or use 'normal'."
+    ]
 
 
 def _meta_feed_forward(model: PreTrainedModel, layers: str, family: Family) -> FeedForward:

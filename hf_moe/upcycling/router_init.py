@@ -145,7 +145,7 @@ def orthogonal(num_rows: int, router_input: RouterInput, context: LayerContext) 
 def zero(num_rows: int, router_input: RouterInput, context: LayerContext) -> torch.Tensor:
     """
     A router without a preference. All logits tie, so every token goes to the same experts until training breaks the tie:
-    train with noise or a selection bias, or the other experts get no gradient.
+    train with a balance loss, `expert_noise` or a selection bias, or the other experts get no gradient.
     """
     return torch.zeros(num_rows, router_input.hidden_size, dtype=torch.float32, device="cpu")
 

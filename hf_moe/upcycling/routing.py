@@ -69,6 +69,14 @@ def weighs_all_alike(recipe: "UpcycleConfig", num_experts: int, std: float) -> b
     return gets_all and (weights_TK.max() - weights_TK.min()).item() < 1e-6
 
 
+def chosen_at_zero(recipe: "UpcycleConfig", num_experts: int) -> tuple[int, int]:
+    """How many experts tokens of all modalities get from a router of zeros, and of how many, zero-computation ones included."""
+    fields = _fields(recipe)
+    total = num_experts + fields.num_zero_computation_experts
+    _, index_TK = _ask(fields, num_experts, std=0.0)
+    return len(index_TK[index_TK < total].unique()), total
+
+
 @torch.no_grad()
 def _ask(fields: SimpleNamespace, num_experts: int, std: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`(T, K)` weights and experts that a router with such rows gives to a token of every modality."""
@@ -189,13 +197,14 @@ def router_tensors(
             the same scores.
     """
     is_zero = context.recipe.router_init == "zero"
-    std = 0.0 if is_zero else context.recipe.router_logit_std / router_input.length
+    std = context.recipe.router_logit_std / router_input.length
     modules = _modules(config, context.num_experts, context.layer_index)
     seed = int(torch.randint(2**62, (), generator=context.generator(0, "router_tensors")))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in modules.values():
-            module.init_weights(std)
+            needs_more = module is modules["gate"] and module.ties_at_zero_rows
+            module.init_weights(0.0 if is_zero and not needs_more else std)
     router = modules["gate"]
     with torch.no_grad():
         for tensor in router.parameters():

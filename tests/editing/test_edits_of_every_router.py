@@ -154,7 +154,8 @@ def test_collapsed_copies_are_the_dense_model(case, tmp_path):
     own = {
         name: fields.pop(name) for name in ("router_type", "num_experts_per_tok", "norm_topk_prob") if name in fields
     }
-    recipe = UpcycleConfig(num_experts=NUM_EXPERTS, target="hf_moe", router_init="zero", router_options=fields, **own)
+    own["router_init"] = "normal" if case == "relu" else "zero"  # with zeros it would choose nothing
+    recipe = UpcycleConfig(num_experts=NUM_EXPERTS, target="hf_moe", router_options=fields, **own)
     upcycled = upcycle(tmp_path / "dense", tmp_path / "moe", recipe, progress=False)
     report = collapse(tmp_path / "moe", tmp_path / "again", progress=False)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
