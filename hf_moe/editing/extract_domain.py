@@ -2,6 +2,7 @@
 """`extract_domain`: the model of one domain out of one whose experts are divided by domain."""
 
 import copy
+from numbers import Integral
 
 import torch
 from transformers import PreTrainedModel
@@ -46,8 +47,10 @@ def extract_domain(model: PreTrainedModel, domain: int) -> PreTrainedModel:
             f"{type(model).__name__} has no experts by domain (router_type={kind!r}, num_hash_domains="
             f"{getattr(config, 'num_hash_domains', None)}). Those with router_type='hash' and `num_hash_domains` above 1 have."
         )
-    if not 0 <= domain < num_domains:
-        raise UpcycleError(f"`domain` must lie between 0 and {num_domains - 1}, got {domain}.")
+    if not isinstance(domain, Integral) or isinstance(domain, bool) or not 0 <= domain < num_domains:
+        raise UpcycleError(
+            f"`domain` must be one of the {num_domains} domains, a whole number from 0 to {num_domains - 1}, got {domain!r}."
+        )
     config = copy.deepcopy(config)
     config.num_experts //= num_domains
     if config.num_experts_per_layer is not None:

@@ -40,9 +40,10 @@ def test_masking_the_other_domains_changes_nothing(batch):
     assert torch.equal(whole(**batch, domain_ids=torch.ones(2, dtype=torch.long)).logits, expected)
 
 
-def test_models_without_domains_are_refused():
+def test_models_without_domains_and_other_domains_are_refused():
     with pytest.raises(UpcycleError, match="router_type='softmax_topk'"):
         extract_domain(moe_model("llama"), 0)
     whole = moe_model("llama", router_type="hash", num_experts=8, num_hash_domains=2)
-    with pytest.raises(UpcycleError, match="`domain` must lie between 0 and 1, got 2"):
-        extract_domain(whole, 2)
+    for domain in (2, -1, "1", 1.0, None, True):
+        with pytest.raises(UpcycleError, match=f"a whole number from 0 to 1, got {domain!r}"):
+            extract_domain(whole, domain)
