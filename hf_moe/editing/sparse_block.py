@@ -110,13 +110,16 @@ def _refuse_routers_beyond_rows(model: PreTrainedModel) -> None:
     config = model.config
     if not isinstance(config, MoeConfigMixin):
         return
-    held = config.router_class.holds_besides_rows
+    held, domains = config.router_class.holds_besides_rows, ""
     if config.num_zero_computation_experts:
         held = f"rows for {config.num_zero_computation_experts} zero-computation experts behind those of the feed-forwards"
+    if config.router_class.count_domains(config) > 1:
+        domains = " `hf_moe.extract_domain` cuts all experts of one domain out."
     if held is not None:
         raise UpcycleError(
             f"The router of {type(model).__name__} (router_type={config.router_type!r}) holds {held}, with which hf_moe can neither "
-            "edit, collapse nor extract experts. For other numbers of experts, upcycle the dense model again."
+            "edit, collapse nor extract experts. Go on from the dense model that it was made of: take that in place of a collapsed one, or "
+            f"upcycle it again for other experts.{domains}"
         )
 
 
