@@ -150,7 +150,8 @@ def _inexact_because(
 ) -> str | None:
     if noise:
         return f"noise is added to the copies (noise={noise})"
-    if keep_top_k and not (moe.top_k == 1 and moe.weight_sum is not None):
+    follows_top_k = moe.router_class is None or not moe.router_class.has_variable_top_k
+    if keep_top_k and follows_top_k and not (moe.top_k == 1 and moe.weight_sum is not None):
         return "a token takes as many experts as before, several of which may be copies of one (keep_top_k)"
     if any(len({experts.count(expert) for expert in experts}) > 1 for experts in copied_from.values()):
         return "the experts have different numbers of copies (statistics)"

@@ -253,6 +253,11 @@ class MoeCheckpoint:
                 f"router_type={self.router_type!r} gives a token {fixed} of the experts, whatever their number, and cannot give it {top_k}: "
                 f"leave it at {fixed} (`keep_top_k`, `--keep-top-k` of expand)."
             )
+        if self.router_class is not None and self.router_class.chooses_all and top_k != min(counts.values()):
+            raise UpcycleError(
+                f"router_type={self.router_type!r} gives a token all of the experts, {min(counts.values())} here, and cannot give it {top_k}: "
+                "leave out `keep_top_k` (`--keep-top-k` of expand) or `num_experts_per_tok` (`--top-k` of merge)."
+            )
         if top_k > min(counts.values()):
             raise UpcycleError(
                 f"A token takes {top_k} experts ({self._top_k_field}), but only {min(counts.values())} would be left in a "

@@ -95,8 +95,11 @@ def test_what_holds_more_than_rows_is_refused_everywhere(source, tmp_path):
         lambda: collapse(source, tmp_path / "new", progress=False),
         lambda: extract_expert(source, tmp_path / "one.safetensors", expert=0, progress=False),
     ):
-        with pytest.raises(UpcycleError, match="can neither edit, collapse nor extract experts"):
+        with pytest.raises(UpcycleError, match="can neither edit, collapse nor extract experts") as error:
             edit()
+        assert "take that in place of a collapsed one" in str(error.value)
+        has_domains = transformers.AutoConfig.from_pretrained(source).num_hash_domains > 1
+        assert ("`hf_moe.extract_domain`" in str(error.value)) == has_domains
 
 
 def test_a_matrix_of_experts_by_experts_is_refused(tmp_path):
@@ -118,7 +121,19 @@ def test_a_router_with_one_number_of_experts_per_token(source, tmp_path):
     report = expand_experts(source, tmp_path / "new", keep_top_k=True, progress=False)
     assert (report.num_experts, report.num_experts_per_tok) == (2 * NUM_EXPERTS, 1)
     assert not report.exact
-    assert report.inexact_because is not None
+    assert "keep_top_k" in report.inexact_because
+
+
+@pytest.mark.parametrize("source", ["top_p", "relu"], indirect=True)
+def test_where_the_number_of_experts_does_not_follow_top_k_it_is_no_reason(source, tmp_path):
+    reasons = {
+        keep_top_k: expand_experts(
+            source, tmp_path / str(keep_top_k), keep_top_k=keep_top_k, progress=False
+        ).inexact_because
+        for keep_top_k in (False, True)
+    }
+    assert reasons[True] == reasons[False]
+    assert "does not share a weight out among copies" in reasons[True]
 
 
 @pytest.mark.parametrize("source", ["soft"], indirect=True)
@@ -129,6 +144,10 @@ def test_a_router_that_takes_all_experts(source, tmp_path):
     extract_expert(source, tmp_path / "one.safetensors", expert=1, progress=False)
     inserted = insert_expert(source, tmp_path / "one.safetensors", tmp_path / "inserted", progress=False)
     assert inserted.num_experts_per_tok == 9
+    with pytest.raises(
+        UpcycleError, match=r"all of the experts, 16 here, and cannot give it 8: leave out `keep_top_k`"
+    ):
+        expand_experts(source, tmp_path / "expanded", keep_top_k=True, progress=False)
 
 
 @pytest.mark.parametrize("source", ["a selection bias"], indirect=True)
