@@ -52,7 +52,7 @@ def test_residual_generates_what_the_dense_model_does_and_trains(router_type, sm
     with RoutingRecorder(moe) as recorder:
         generated = moe.generate(**prompts, **more, max_new_tokens=12, do_sample=False)
     assert torch.equal(generated, dense.generate(**prompts, max_new_tokens=12, do_sample=False))
-    summary = recorder.statistics().slot_summary()
+    summary = recorder.statistics().summary()
     print(f"\n{router_type}: {summary}")
 
     inputs = tokenizer([TEXT, TEXT[::-1]], return_tensors="pt", padding=True, truncation=True, max_length=128)

@@ -82,8 +82,7 @@ def inspect(
         # What is the same in all layers is said once, below.
         shows_slots = len({layer.experts_per_token for layer in statistics.layers.values()}) > 1
         out.table([_row(name, layer, shows_slots) for name, layer in statistics.layers.items()])
-    means = statistics.summary() | {name: value for name, value in statistics.slot_summary().items() if value}
-    mean = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+    mean = "  ".join(f"{name} {value:.3f}" for name, value in statistics.summary().items())
     out.log(f"{sum(sequence.numel() for _, sequence in sequences):,} tokens; mean over layers: {mean}")
     title = f"{Path(model).name}: {', '.join(path.name for path in text)}"
     if output is not None:

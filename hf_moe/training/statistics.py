@@ -127,7 +127,13 @@ class RoutingStatistics:
         return cls(layers)
 
     def summary(self) -> dict[str, float]:
-        """Means over layers, and the share of dead experts over all layers."""
+        """
+        Means over layers of what [`LayerRouting`] has of each, and `dead_fraction`, the share of dead experts over all layers.
+
+        Returns:
+            `dict[str, float]`: `entropy`, `max_violation`, `coefficient_of_variation` and `dead_fraction` of what the routers want;
+            `experts_per_token`, `dropped_fraction` and `zero_computation_fraction` of what is served.
+        """
         layers = list(self.layers.values())
         num_experts = sum(len(layer.counts) for layer in layers)
         return {
@@ -135,12 +141,6 @@ class RoutingStatistics:
             "max_violation": sum(layer.max_violation for layer in layers) / len(layers),
             "coefficient_of_variation": sum(layer.coefficient_of_variation for layer in layers) / len(layers),
             "dead_fraction": sum(len(layer.dead_experts) for layer in layers) / num_experts,
-        }
-
-    def slot_summary(self) -> dict[str, float]:
-        """Means over layers of what became of the tokens' slots."""
-        layers = list(self.layers.values())
-        return {
             "experts_per_token": sum(layer.experts_per_token for layer in layers) / len(layers),
             "dropped_fraction": sum(layer.dropped_fraction for layer in layers) / len(layers),
             "zero_computation_fraction": sum(layer.zero_computation_fraction for layer in layers) / len(layers),

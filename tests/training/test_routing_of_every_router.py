@@ -94,7 +94,7 @@ def test_dropped_slots_add_up_over_texts_and_survive_a_file(batch, tmp_path):
         once = recorder.statistics()
         made(**with_routing_inputs(batch, made))
     twice = recorder.statistics()
-    assert once.slot_summary()["dropped_fraction"] > 0
+    assert once.summary()["dropped_fraction"] > 0
     together = type(once).sum([once, once])
     again = type(once).from_dict(twice.to_dict())
     for name, layer in twice.layers.items():
@@ -113,7 +113,7 @@ def test_recomputation_drops_nothing_twice(use_reentrant, batch):
             made.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         with RoutingRecorder(made) as recorder:
             made(**with_routing_inputs(batch, made)).loss.backward()
-        numbers.append(recorder.statistics().slot_summary())
+        numbers.append(recorder.statistics().summary())
     assert_close(torch.tensor([*numbers[0].values()]), torch.tensor([*numbers[1].values()]), 0.0)
 
 
@@ -135,7 +135,7 @@ def test_the_callback_logs_what_there_is(name, batch, tmp_path, caplog):
     with RoutingRecorder(made) as recorder:
         trainer.train()
     (entry,) = (entry for entry in trainer.state.log_history if "moe/entropy" in entry)
-    slots = recorder.statistics().slot_summary()
+    summary = recorder.statistics().summary()
     has = {
         "moe/dropped_frac": "capacity" in name,
         "moe/zero_computation_frac": "zero" in name,
@@ -145,6 +145,6 @@ def test_the_callback_logs_what_there_is(name, batch, tmp_path, caplog):
         assert (key in entry) == is_there, key
         if is_there:
             of_recorder = key.removeprefix("moe/").replace("_frac", "_fraction")
-            assert entry[key] == pytest.approx(slots[of_recorder], rel=1e-5)
-    assert entry["moe/entropy"] == pytest.approx(recorder.statistics().summary()["entropy"], rel=1e-5)
+            assert entry[key] == pytest.approx(summary[of_recorder], rel=1e-5)
+    assert entry["moe/entropy"] == pytest.approx(summary["entropy"], rel=1e-5)
     assert "NaN" not in caplog.text

@@ -41,11 +41,18 @@ def test_single_expert():
 
 def test_summary_and_round_trip(tmp_path):
     statistics = RoutingStatistics(
-        {"a": LayerRouting(torch.tensor([5, 5]), 5), "b": LayerRouting(torch.tensor([0, 8, 0, 0]), 8)}
+        {
+            "a": LayerRouting(torch.tensor([5, 3]), 4, num_zero_computation_experts=1, demand=torch.tensor([5, 5])),
+            "b": LayerRouting(torch.tensor([0, 8, 0, 0]), 8),
+        }
     )
     assert statistics.summary() == pytest.approx(
-        {"entropy": 0.5, "max_violation": 1.5, "coefficient_of_variation": math.sqrt(3) / 2, "dead_fraction": 0.5}
-    )
+        {
+            "entropy": 0.5, "max_violation": 1.5, "coefficient_of_variation": math.sqrt(3) / 2, "dead_fraction": 0.5,
+            "experts_per_token": 1.5, "dropped_fraction": 0.1, "zero_computation_fraction": 3 / 16,
+        }
+    )  # fmt: skip
+    assert statistics.to_dict()["summary"] == statistics.summary()
     statistics.save(tmp_path / "statistics.json")
     again = RoutingStatistics.from_dict(json.loads((tmp_path / "statistics.json").read_text()))
     assert again.to_dict() == statistics.to_dict()

@@ -9,6 +9,9 @@ import evaluate
 import hf_moe.metrics.routing_rows as routing_rows
 
 
+# Those of `RoutingStatistics.summary()` that are about what the routers want: the rows do not say what was served.
+FIGURES = ("entropy", "max_violation", "coefficient_of_variation", "dead_fraction")
+
 _DESCRIPTION = """
 How evenly the experts of each sparse layer are used, from counts of the slots that the router gave them:
 
@@ -77,4 +80,5 @@ class ExpertLoad(routing_rows.RoutingMetric):
             }
             for name, layer in statistics.layers.items()
         }
-        return {**statistics.summary(), "layers": layers}
+        summary = statistics.summary()
+        return {**{name: summary[name] for name in FIGURES}, "layers": layers}
