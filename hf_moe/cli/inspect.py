@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from huggingface_hub.cli import out
 
-from .loading import DomainOpt, check_folder, load_model, read_text
+from .loading import DomainOpt, check_folder, load_model, read_text, taken_as
 
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def inspect(
         first, sequence = sequences[0]
         _write_page(network, tokenizer, sequence, statistics, html, f"{Path(model).name}: {first.name}")
     if card:
-        add_routing_section(model, by_name, of_training)
+        add_routing_section(model, by_name, of_training, taken_as(network.config, domain))
     for path in (output, plot, plot_domains, plot_pairs, html, Path(model, "README.md") if card else None):
         if path is not None:
             out.log(f"Wrote {path}")

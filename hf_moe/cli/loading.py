@@ -50,13 +50,18 @@ def load_model(
         out.log(f"Routers choose with the biases of {Path(model, FILE_NAME)}")
     if domain is not None:
         network.register_forward_pre_hook(functools.partial(_add_domain, domain), with_kwargs=True)
-        out.log(f"All texts are taken as of domain {domain}: the experts of the others serve none of them.")
-    if getattr(network.config, "num_experts_per_modality", None) is not None:
-        out.log(
-            f"All tokens are taken as text: of the experts {network.config.num_experts_per_modality} of the modalities only the first "
-            "ones serve."
-        )
+    if (note := taken_as(network.config, domain)) is not None:
+        out.log(note)
     return network, tokenizer
+
+
+def taken_as(config: "PreTrainedConfig", domain: int | None) -> str | None:
+    """What `load_model` has a model take all texts as; None if its experts are not divided."""
+    if domain is not None:
+        return f"All texts are taken as of domain {domain}: the experts of the others serve none of them."
+    if (parts := getattr(config, "num_experts_per_modality", None)) is not None:
+        return f"All tokens are taken as text: of the experts {parts} of the modalities only the first ones serve."
+    return None
 
 
 def _add_domain(

@@ -18,7 +18,10 @@ PICTURES = ("load.png", "domains.png", "history.png")
 
 
 def add_routing_section(
-    folder: str | Path, texts: Mapping[str, RoutingStatistics], history: "RoutingHistory | None" = None
+    folder: str | Path,
+    texts: Mapping[str, RoutingStatistics],
+    history: "RoutingHistory | None" = None,
+    note: str | None = None,
 ) -> None:
     """
     Write a section on routing into the `README.md` of a model's folder, and its pictures into `routing/` beside it.
@@ -29,6 +32,7 @@ def add_routing_section(
         folder (`str` or `Path`): The model's folder, with a card.
         texts (`Mapping[str, RoutingStatistics]`): What was recorded of each text or domain.
         history ([`RoutingHistory`], *optional*): What a [`RouterStatisticsCallback`] wrote in the model's training.
+        note (`str`, *optional*): What the texts were taken as, where that decides which experts could serve them.
 
     Raises:
         ValueError: if there is no card, the marks of the section in it are broken, or the history is empty.
@@ -42,10 +46,9 @@ def add_routing_section(
         "",
         "Means over layers. Entropy of the load by its maximum: 1 if all experts get the same. Max violation: slots of the busiest",
         "expert by the mean, minus 1.",
+        *(["", note] if note is not None else []),
         "",
-        "| text | tokens | entropy | max violation | dead experts |",
-        "|---|---|---|---|---|",
-        *(_row(name, statistics) for name, statistics in texts.items()),
+        *_table(texts),
         "",
         "![Load of every layer's experts](routing/load.png)",
     ]
@@ -93,11 +96,26 @@ def split_card(folder: str | Path) -> tuple[str, str]:
     return before, after
 
 
-def _row(name: str, statistics: RoutingStatistics) -> str:
-    summary = statistics.summary()
-    num_tokens = max(layer.num_tokens for layer in statistics.layers.values())
-    name = name.replace("|", "\\|")
-    return (
-        f"| {name} | {num_tokens:,} | {summary['entropy']:.3f} | {summary['max_violation']:.3f} | "
-        f"{summary['dead_fraction']:.1%} |"
-    )
+def _table(texts: Mapping[str, RoutingStatistics]) -> list[str]:
+    """A row for each text; columns of what was served where it is not all that there is to serve."""
+    layers = [layer for statistics in texts.values() for layer in statistics.layers.values()]
+    experts_per_token = {layer.experts_per_token for layer in layers}
+    varies = len(experts_per_token) > 1 or any(value % 1 for value in experts_per_token)
+    has_dropped = any(layer.num_dropped for layer in layers)
+    has_no_computation = any(layer.num_zero_computation_experts for layer in layers)
+    columns = {
+        "entropy": ("entropy", ".3f", True),
+        "max violation": ("max_violation", ".3f", True),
+        "dead experts": ("dead_fraction", ".1%", True),
+        "experts per token": ("experts_per_token", ".2f", varies),
+        "dropped": ("dropped_fraction", ".1%", has_dropped),
+        "no computation": ("zero_computation_fraction", ".1%", has_no_computation),
+    }
+    columns = {title: column for title, column in columns.items() if column[2]}
+    rows = [["text", "tokens", *columns], ["---"] * (2 + len(columns))]
+    for name, statistics in texts.items():
+        summary = statistics.summary()
+        num_tokens = max(layer.num_tokens for layer in statistics.layers.values())
+        figures = [format(summary[key], spec) for key, spec, _ in columns.values()]
+        rows.append([name.replace("|", "\\|"), f"{num_tokens:,}", *figures])
+    return [f"| {' | '.join(row)} |" for row in rows]

@@ -225,9 +225,11 @@ def test_models_with_experts_by_domain(run_command, models, tmp_path):
     expected = perplexity(extract_domain(model, 1), tokenizer, TEXTS["code"][:200], 64)
     assert found["loss"] == pytest.approx(expected.loss)
     inspected = ("inspect", tmp_path, "--text", models / "code.txt", "--html", tmp_path / "tokens.html", "--json")
-    run = run_command(*inspected, "--domain", 1)
+    (tmp_path / "README.md").write_text("# A model\n")
+    run = run_command(*inspected, "--card", "--domain", 1)
     assert run.returncode == 0, run.stderr
     assert all(layer["counts"][:2] == [0, 0] for layer in json.loads(run.stdout)["layers"].values())
+    assert "\nAll texts are taken as of domain 1: the experts" in (tmp_path / "README.md").read_text()
     for arguments in (inspected, ("eval", tmp_path, *texts)):
         for more in ((), ("--domain", 2)):
             run = run_command(*arguments, *more)
@@ -241,6 +243,8 @@ def test_models_with_experts_by_domain(run_command, models, tmp_path):
 def test_tokens_are_taken_as_text(run_command, models, tmp_path):
     moe_model("llama", num_experts=4, num_experts_per_modality=[2, 2]).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    run = run_command("inspect", tmp_path, "--text", models / "code.txt")
+    (tmp_path / "README.md").write_text("# A model\n")
+    run = run_command("inspect", tmp_path, "--text", models / "code.txt", "--card")
     assert run.returncode == 0, run.stderr
-    assert "All tokens are taken as text: of the experts [2, 2]" in run.stdout + run.stderr
+    for place in (run.stdout + run.stderr, (tmp_path / "README.md").read_text()):
+        assert "All tokens are taken as text: of the experts [2, 2]" in place

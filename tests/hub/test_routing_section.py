@@ -33,6 +33,24 @@ def test_figures_and_pictures(tmp_path):
             assert picture.width > 300
 
 
+def test_what_was_measured_and_what_was_served(tmp_path):
+    """The note, and the columns that only some models need: means over layers of 1.5 and 2 experts, 1/4 and 0 dropped."""
+    (tmp_path / "README.md").write_text(CARD)
+    first = LayerRouting(torch.tensor([2, 1, 3]), 4, num_zero_computation_experts=1, demand=torch.tensor([4, 1, 3]))
+    second = LayerRouting(torch.tensor([4, 2, 2]), 4, num_zero_computation_experts=1)
+    add_routing_section(
+        tmp_path, {"code": RoutingStatistics({"layers.0": first, "layers.1": second})}, note="Taken as text."
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert "\n\nTaken as text.\n\n| text |" in text
+    assert "| dead experts | experts per token | dropped | no computation |\n| --- |" in text
+    assert "| 0.0% | 1.75 | 12.5% | 37.5% |" in text
+    add_routing_section(tmp_path, {"code": CODE})
+    text = (tmp_path / "README.md").read_text()
+    assert "Taken as text" not in text
+    assert "| text | tokens | entropy | max violation | dead experts |\n" in text
+
+
 def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
     (tmp_path / "README.md").write_text(CARD)
     add_routing_section(tmp_path, {"code": CODE, "law": LAW}, RoutingHistory([1, 2], [CODE, LAW]))
