@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import dense_model, save_tokenizer
 
 
@@ -23,6 +24,7 @@ def test_upcycle(tmp_path, monkeypatch, capsys):
     assert "same top token 100.0%" in printed
 
 
+@pytest.mark.slow
 def test_compare_methods(tmp_path, monkeypatch, capsys):
     dense_model("llama").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")

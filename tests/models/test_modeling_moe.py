@@ -437,8 +437,9 @@ def run_without_hf_moe(code: str, folders, working_folder) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # `test_routers_elsewhere.py` runs Llama
 @pytest.mark.processes
-@pytest.mark.parametrize("families", [["llama"], pytest.param(list(FAMILIES), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize("families", [["llama"], list(FAMILIES)], ids=len)
 @pytest.mark.parametrize(("kind", "local_shape"), [("expert", [2, 48, 32]), ("tensor", [4, 24, 32])])
 def test_parallel_equals_one_process(kind, local_shape, families, tmp_path):
     values = {"shared_expert_intermediate_size": 40, "mlp_layer_types": ["sparse", "dense", "sparse"]}

@@ -226,6 +226,7 @@ print(json.dumps([stored, trainer.state.log_history]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_trackio_has_the_keys(tmp_path):
     """In a process of its own, since trackio reads where to write when it is imported."""

@@ -172,6 +172,7 @@ def test_the_table_of_the_guide():
     assert place(name)[1] == TABLES[name][1](), "run `python tests/guide_tables.py`"
 
 
+@pytest.mark.slow
 def test_what_transformers_makes_of_its_own():
     """The figures of the guide, for one model: hf_moe has no part in these."""
     found = {name: native_gradient("mixtral", rows(), **setting).norm().item() for name, setting in SETTINGS.items()}

@@ -575,6 +575,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
 
 
+@pytest.mark.slow
 def test_resume_with_another_shard_size_is_refused(tmp_path):
     source = save_dense(tmp_path / "dense")
     killed_run(source, tmp_path / "moe", 20)
@@ -582,6 +583,7 @@ def test_resume_with_another_shard_size_is_refused(tmp_path):
         upcycle(source, tmp_path / "moe", recipe())
 
 
+@pytest.mark.slow
 def test_resume_without_a_shard(tmp_path):
     source = save_dense(tmp_path / "dense")
     upcycle(source, tmp_path / "whole", recipe(), max_shard_size="40KB")
