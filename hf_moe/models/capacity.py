@@ -108,21 +108,21 @@ class ExpertCapacity(nn.Module):
         self, tokens: Tokens, num_groups: int, num_tokens: int, factor: float, device: torch.device
     ) -> torch.Tensor:
         """`(B, E)` in int64: how many tokens of a group an expert takes."""
-        if tokens.mask_T is None:
-            num_tokens_B1 = torch.full((num_groups, 1), num_tokens // num_groups, device=device)
-        else:
-            num_tokens_B1 = tokens.mask_T.view(num_groups, -1).sum(-1, keepdim=True)
         num_zero = self.num_zero_computation_experts
+        num_feed_forwards = self.num_experts - num_zero
         if factor not in self.shares_of_factor:
-            self.shares_of_factor[factor] = shares(
-                factor * self.top_k, self.zero_expert_tau, self.num_experts - num_zero, num_zero
-            )
+            slots = factor * self.top_k
+            self.shares_of_factor[factor] = shares(slots, self.zero_expert_tau, num_feed_forwards, num_zero)
         share, of_zero = self.shares_of_factor[factor]
-        rooms = [
-            (-(-num_tokens_B1 * share.numerator // share.denominator)).expand(-1, num_experts)
-            for share, num_experts in ((share, self.num_experts - num_zero), (of_zero, num_zero))
-            if num_experts
-        ]
+        size = num_tokens // num_groups
+        if tokens.mask_T is not None:
+            size = tokens.mask_T.view(num_groups, -1).sum(-1, keepdim=True)
+        rooms = []
+        for part, num_experts in [(share, num_feed_forwards), (of_zero, num_zero)][: 2 if num_zero else 1]:
+            room = -(-size * part.numerator // part.denominator)
+            if tokens.mask_T is None:
+                room = torch.full((num_groups, 1), room, device=device)
+            rooms.append(room.expand(-1, num_experts))
         return torch.cat(rooms, dim=-1).clamp(min=self.min_capacity)
 
     def place_in_queue(
